@@ -1,0 +1,23 @@
+// The few calls that device.cpp makes into the CUDA runtime. device/cuda/cuda_device.cu implements
+// them; a build without CUDA links device/cuda_stub.cpp, where num_devices() is 0 and everything
+// else throws "this build has no CUDA".
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+namespace orbit::cuda {
+
+int num_devices();
+std::string device_name(int ordinal);
+void* allocate(int ordinal, size_t bytes);
+void free(int ordinal, void* pointer);
+void* create_stream(int ordinal);
+void destroy_stream(int ordinal, void* stream);
+void copy_to_device(void* stream, void* to, const void* from, size_t bytes);
+void copy_to_host(void* stream, void* to, const void* from, size_t bytes);
+void copy_on_device(void* stream, void* to, const void* from, size_t bytes);
+void zero_fill(void* stream, void* to, size_t bytes);
+void synchronize(void* stream);
+
+}  // namespace orbit::cuda

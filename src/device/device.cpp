@@ -1,0 +1,274 @@
+#include "device/device.h"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+
+#include "device/cuda_api.h"
+
+namespace orbit {
+namespace {
+
+constexpr size_t kAlignment = 256;
+constexpr size_t kScratchBlockBytes = size_t{32} << 20;
+
+size_t aligned(size_t bytes) {
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bf16");
+}
+
+}  // namespace
+
+const char* isa_name(CpuIsa isa) {
+    switch (isa) {
+        case CpuIsa::kReference:
+            return "reference";
+        case CpuIsa::kAvx2:
+            return "avx2";
+        case CpuIsa::kAvx512:
+            return "avx512";
+        case CpuIsa::kAmx:
+            return "amx";
+    }
+    return "?";
+}
+
+CpuIsa best_cpu_isa() {
+    __builtin_cpu_init();
+    if (has_avx512()) {
+        return CpuIsa::kAvx512;
+    }
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? CpuIsa::kAvx2
+                                                                           : CpuIsa::kReference;
+}
+
+CpuIsa parse_cpu_isa(std::string_view name) {
+    const CpuIsa best = best_cpu_isa();
+    if (name == "auto") {
+        return best;
+    }
+    for (const CpuIsa isa : {CpuIsa::kReference, CpuIsa::kAvx2, CpuIsa::kAvx512, CpuIsa::kAmx}) {
+        if (name == isa_name(isa)) {
+            USER_CHECK(
+                isa <= best,
+                "cpu.isa = \"{}\" asks for instructions that this processor does not have; use "
+                "\"auto\" (here {}).",
+                name,
+                isa_name(best)
+            );
+            return isa;
+        }
+    }
+    throw UserError(fmt::format(
+        "cpu.isa = \"{}\" is unknown; it is one of auto, reference, avx2, avx512, amx.", name
+    ));
+}
+
+Device make_device(std::string_view which, std::string_view cpu_isa, int num_threads) {
+    Device device;
+    const bool is_auto = which == "auto";
+    if (which.starts_with("cuda") || (is_auto && cuda::num_devices() > 0)) {
+        const std::string_view digits = which.starts_with("cuda:") ? which.substr(5) : "0";
+        USER_CHECK(
+            !digits.empty() && digits.size() < 4 &&
+                std::all_of(
+                    digits.begin(), digits.end(), [](char c) { return c >= '0' && c <= '9'; }
+                ),
+            "device = \"{}\" is not understood; write \"cuda:0\", \"cpu\" or \"auto\".",
+            which
+        );
+        device.kind = DeviceKind::kCuda;
+        device.ordinal = std::atoi(std::string(digits).c_str());
+        USER_CHECK(
+            device.ordinal < cuda::num_devices(),
+            "device = \"{}\" was asked for, but this build and machine have {} CUDA devices; use "
+            "device = \"cpu\".",
+            which,
+            cuda::num_devices()
+        );
+        device.threads = std::make_unique<ThreadPool>(1);
+        device.name = cuda::device_name(device.ordinal);
+        return device;
+    }
+    USER_CHECK(
+        is_auto || which == "cpu",
+        "device = \"{}\" is unknown; it is one of auto, cpu, cuda:0.",
+        which
+    );
+    const int available = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+    device.isa = parse_cpu_isa(cpu_isa);
+    device.threads = std::make_unique<ThreadPool>(num_threads > 0 ? num_threads : available);
+    device.name =
+        fmt::format("cpu ({}, {} threads)", isa_name(device.isa), device.threads->num_threads());
+    return device;
+}
+
+void* device_allocate(const Device& device, size_t bytes) {
+    const size_t size = std::max(kAlignment, aligned(bytes));
+    if (!device.is_cpu()) {
+        return cuda::allocate(device.ordinal, size);
+    }
+    void* pointer = std::aligned_alloc(kAlignment, size);
+    USER_CHECK(
+        pointer != nullptr,
+        "out of memory: {:.1f} MiB more were asked for; use a smaller model, batch or max_tokens.",
+        static_cast<double>(size) / (1 << 20)
+    );
+    return pointer;
+}
+
+void device_free(const Device& device, void* pointer) {
+    if (device.is_cpu()) {
+        std::free(pointer);
+    } else {
+        cuda::free(device.ordinal, pointer);
+    }
+}
+
+Arena::~Arena() {
+    for (void* block : blocks_) {
+        device_free(*device_, block);
+    }
+}
+
+Arena::Arena(Arena&& other) noexcept
+    : device_(other.device_),
+      blocks_(std::move(other.blocks_)),
+      entries_(std::move(other.entries_)) {
+    other.blocks_.clear();
+}
+
+void* Arena::take_bytes(std::string_view name, size_t bytes) {
+    void* pointer = device_allocate(*device_, bytes);
+    blocks_.push_back(pointer);
+    entries_.push_back({std::string(name), bytes});
+    if (device_->is_cpu()) {
+        std::memset(pointer, 0, bytes);
+    } else {
+        cuda::zero_fill(nullptr, pointer, bytes);
+        cuda::synchronize(nullptr);
+    }
+    return pointer;
+}
+
+Tensor Arena::take(std::string_view name, DType dtype, std::initializer_list<int64_t> shape) {
+    Tensor t = make_tensor(nullptr, dtype, shape);
+    t.data = take_bytes(name, static_cast<size_t>(t.bytes()));
+    return t;
+}
+
+size_t Arena::total_bytes() const {
+    size_t total = 0;
+    for (const auto& entry : entries_) {
+        total += entry.bytes;
+    }
+    return total;
+}
+
+std::vector<LedgerEntry> Arena::ledger() const {
+    std::vector<LedgerEntry> sums;
+    for (const auto& entry : entries_) {
+        const std::string group = entry.name.substr(0, entry.name.find('.'));
+        const auto found = std::find_if(sums.begin(), sums.end(), [&](const LedgerEntry& sum) {
+            return sum.name == group;
+        });
+        if (found == sums.end()) {
+            sums.push_back({group, entry.bytes});
+        } else {
+            found->bytes += entry.bytes;
+        }
+    }
+    return sums;
+}
+
+Scratch::~Scratch() {
+    for (const auto& block : blocks_) {
+        device_free(*device_, block.data);
+    }
+}
+
+void* Scratch::take_bytes(size_t bytes) {
+    const size_t size = std::max(kAlignment, aligned(bytes));
+    while (at_.block < blocks_.size() && at_.offset + size > blocks_[at_.block].bytes) {
+        at_ = {at_.block + 1, 0};
+    }
+    if (at_.block == blocks_.size()) {
+        const size_t block_bytes = std::max(kScratchBlockBytes, size);
+        blocks_.push_back({static_cast<char*>(device_allocate(*device_, block_bytes)), block_bytes}
+        );
+    }
+    void* pointer = blocks_[at_.block].data + at_.offset;
+    at_.offset += size;
+    size_t in_use = at_.offset;
+    for (size_t i = 0; i < at_.block; ++i) {
+        in_use += blocks_[i].bytes;
+    }
+    peak_ = std::max(peak_, in_use);
+    return pointer;
+}
+
+Tensor Scratch::take(DType dtype, std::initializer_list<int64_t> shape) {
+    Tensor t = make_tensor(nullptr, dtype, shape);
+    t.data = take_bytes(static_cast<size_t>(t.bytes()));
+    return t;
+}
+
+Stream::Stream(const Device& on) : device(on), scratch(on) {
+    if (!on.is_cpu()) {
+        handle = cuda::create_stream(on.ordinal);
+    }
+}
+
+Stream::~Stream() {
+    if (!is_cpu()) {
+        cuda::destroy_stream(device.ordinal, handle);
+    }
+}
+
+void copy_to_device(Stream& stream, void* to, const void* from, size_t bytes) {
+    if (stream.is_cpu()) {
+        std::memcpy(to, from, bytes);
+    } else {
+        cuda::copy_to_device(stream.handle, to, from, bytes);
+    }
+}
+
+void copy_to_host(Stream& stream, void* to, const void* from, size_t bytes) {
+    if (stream.is_cpu()) {
+        std::memcpy(to, from, bytes);
+    } else {
+        cuda::copy_to_host(stream.handle, to, from, bytes);
+    }
+}
+
+void copy_on_device(Stream& stream, void* to, const void* from, size_t bytes) {
+    if (stream.is_cpu()) {
+        std::memmove(to, from, bytes);
+    } else {
+        cuda::copy_on_device(stream.handle, to, from, bytes);
+    }
+}
+
+void zero_fill(Stream& stream, void* to, size_t bytes) {
+    if (stream.is_cpu()) {
+        std::memset(to, 0, bytes);
+    } else {
+        cuda::zero_fill(stream.handle, to, bytes);
+    }
+}
+
+void synchronize(Stream& stream) {
+    if (!stream.is_cpu()) {
+        cuda::synchronize(stream.handle);
+    }
+}
+
+}  // namespace orbit

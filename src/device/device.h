@@ -1,0 +1,154 @@
+// Device: where memory lives and kernels run. Stream: an ordered queue of work on a device, with
+// its scratch memory. Arena: named bytes on one device, taken at start and listed in the ledger. No
+// globals: several engines can live in one process.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/thread_pool.h"
+#include "device/tensor.h"
+
+namespace orbit {
+
+enum class DeviceKind : uint8_t { kCpu, kCuda };
+
+// kReference: plain scalar code, no instruction-set extensions. The fast sets are chosen at run
+// time. kAvx512 needs AVX512 F, BW, DQ, VL and BF16; kAmx needs that and AMX tiles with bf16.
+enum class CpuIsa : uint8_t { kReference, kAvx2, kAvx512, kAmx };
+
+const char* isa_name(CpuIsa isa);
+CpuIsa best_cpu_isa();  // what this processor can run
+CpuIsa parse_cpu_isa(std::string_view name
+);  // "auto", "reference", "avx2", "avx512", "amx"; UserError otherwise
+
+struct Device {
+    DeviceKind kind = DeviceKind::kCpu;
+    int ordinal = 0;                  // cuda:N
+    CpuIsa isa = CpuIsa::kReference;  // CPU only
+    std::unique_ptr<ThreadPool>
+        threads;       // CPU kernels; on CUDA devices a pool of one for host work
+    std::string name;  // "cpu (avx512, 2 threads)" or the GPU's name
+
+    bool is_cpu() const { return kind == DeviceKind::kCpu; }
+};
+
+// "auto" (a GPU when this build and machine have one, else the CPU), "cpu", "cuda:0". `num_threads`
+// 0: all processors.
+Device make_device(std::string_view which, std::string_view cpu_isa = "auto", int num_threads = 0);
+
+// Raw device memory, 256-byte aligned. A CPU allocation that fails and a full GPU are UserErrors
+// that say how much.
+void* device_allocate(const Device& device, size_t bytes);
+void device_free(const Device& device, void* pointer);
+
+struct LedgerEntry {
+    std::string name;
+    size_t bytes;
+};
+
+class Arena {
+  public:
+    explicit Arena(const Device& device) : device_(&device) {}
+
+    ~Arena();
+    Arena(Arena&& other) noexcept;
+    Arena(const Arena&) = delete;
+    Arena& operator=(const Arena&) = delete;
+    Arena& operator=(Arena&&) = delete;
+
+    Tensor take(
+        std::string_view name, DType dtype, std::initializer_list<int64_t> shape
+    );                                                      // zeroed
+    void* take_bytes(std::string_view name, size_t bytes);  // zeroed
+
+    const Device& device() const { return *device_; }
+
+    size_t total_bytes() const;
+    // Entries of the same name (up to the first '.') are added up.
+    std::vector<LedgerEntry> ledger() const;
+
+  private:
+    const Device* device_;
+    std::vector<void*> blocks_;
+    std::vector<LedgerEntry> entries_;
+};
+
+// Stack-like temporary memory. Grows by blocks when it runs out (never inside a captured graph),
+// and keeps them.
+class Scratch {
+  public:
+    explicit Scratch(const Device& device) : device_(&device) {}
+
+    ~Scratch();
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+    struct Mark {
+        size_t block = 0;
+        size_t offset = 0;
+    };
+
+    Tensor take(DType dtype, std::initializer_list<int64_t> shape);  // uninitialised
+    void* take_bytes(size_t bytes);
+
+    Mark mark() const { return at_; }
+
+    void release(Mark mark) { at_ = mark; }
+
+    size_t peak_bytes() const { return peak_; }
+
+  private:
+    struct Block {
+        char* data;
+        size_t bytes;
+    };
+
+    const Device* device_;
+    std::vector<Block> blocks_;
+    Mark at_;
+    size_t peak_ = 0;
+};
+
+// Releases the scratch taken inside a scope.
+class ScratchScope {
+  public:
+    explicit ScratchScope(Scratch& scratch) : scratch_(&scratch), mark_(scratch.mark()) {}
+
+    ~ScratchScope() { scratch_->release(mark_); }
+
+    ScratchScope(const ScratchScope&) = delete;
+    ScratchScope& operator=(const ScratchScope&) = delete;
+
+  private:
+    Scratch* scratch_;
+    Scratch::Mark mark_;
+};
+
+struct Stream {
+    explicit Stream(const Device& on);
+    ~Stream();
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+
+    const Device& device;
+    Scratch scratch;
+    void* handle = nullptr;  // cudaStream_t on a GPU
+
+    bool is_cpu() const { return device.is_cpu(); }
+
+    ThreadPool& threads() const { return *device.threads; }
+};
+
+// Ordered after earlier work of the stream; copy_to_host returns when the bytes are there.
+void copy_to_device(Stream& stream, void* to, const void* from, size_t bytes);
+void copy_to_host(Stream& stream, void* to, const void* from, size_t bytes);
+void copy_on_device(Stream& stream, void* to, const void* from, size_t bytes);
+void zero_fill(Stream& stream, void* to, size_t bytes);
+void synchronize(Stream& stream);
+
+}  // namespace orbit

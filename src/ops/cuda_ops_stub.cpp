@@ -1,0 +1,108 @@
+// Linked instead of ops/*.cu when the build has no CUDA.
+#include "base/error.h"
+#include "ops/cuda_ops.h"
+
+namespace orbit::cuda {
+namespace {
+
+[[noreturn]] void no_cuda() {
+    throw UserError("this build has no CUDA; use device = \"cpu\".");
+}
+
+}  // namespace
+
+void embed(Stream&, const QuantizedMatrix&, const int32_t*, Tensor) {
+    no_cuda();
+}
+
+void gather_rows(Stream&, Tensor, const int32_t*, Tensor) {
+    no_cuda();
+}
+
+void scatter_rows(Stream&, Tensor, const int32_t*, Tensor) {
+    no_cuda();
+}
+
+void rms_norm(Stream&, Tensor, const float*, float, Tensor) {
+    no_cuda();
+}
+
+void rms_norm_backward(Stream&, Tensor, const float*, float, Tensor, Tensor, bool) {
+    no_cuda();
+}
+
+void norm_rope(Stream&, const NormRopeParams&, Tensor) {
+    no_cuda();
+}
+
+void norm_rope_backward(Stream&, const NormRopeParams&, Tensor, Tensor) {
+    no_cuda();
+}
+
+void attention(Stream&, const AttentionParams&, Tensor, float*) {
+    no_cuda();
+}
+
+void attention_backward(
+    Stream&, const AttentionParams&, Tensor, const float*, Tensor, Tensor, Tensor, Tensor
+) {
+    no_cuda();
+}
+
+void swiglu(Stream&, Tensor, Tensor, Tensor) {
+    no_cuda();
+}
+
+void swiglu_backward(Stream&, Tensor, Tensor, Tensor, Tensor, Tensor) {
+    no_cuda();
+}
+
+void add(Stream&, Tensor, Tensor, Tensor) {
+    no_cuda();
+}
+
+void linear(Stream&, const LinearParams&, Tensor) {
+    no_cuda();
+}
+
+void linear_backward(Stream&, const LinearParams&, Tensor, Tensor, bool, const AdapterGrad&) {
+    no_cuda();
+}
+
+void linear_f32_out(Stream&, Tensor, const QuantizedMatrix&, Tensor) {
+    no_cuda();
+}
+
+void linear_f32_out_backward(Stream&, Tensor, const QuantizedMatrix&, Tensor) {
+    no_cuda();
+}
+
+void token_logprobs(Stream&, const HeadParams&, const int32_t*, const SamplingFilter&, float*, float*) {
+    no_cuda();
+}
+
+void token_logprobs_backward(
+    Stream&,
+    const HeadParams&,
+    const int32_t*,
+    const SamplingFilter&,
+    const float*,
+    const float*,
+    Tensor
+) {
+    no_cuda();
+}
+
+void sample_tokens(Stream&, const HeadParams&, const SampleRow*, int32_t*, float*) {
+    no_cuda();
+}
+
+void adamw(Stream&, const AdamWParams&, float*, float*, float*, const float*, int64_t) {
+    no_cuda();
+}
+
+double global_norm(Stream&, const float*, int64_t) {
+    no_cuda();
+}
+
+}  // namespace orbit::cuda

@@ -1,0 +1,34 @@
+// AdamW (Loshchilov & Hutter 2019, PyTorch's order of operations) on flat float32 buffers, and the
+// global norm.
+#pragma once
+
+#include "device/device.h"
+
+namespace orbit {
+
+struct AdamWParams {
+    double lr = 0;
+    double beta1 = 0.9;
+    double beta2 = 0.95;
+    double eps = 1e-8;
+    double weight_decay = 0;
+    int64_t step = 1;       // counts from 1
+    double grad_scale = 1;  // multiplies g first (clipping)
+};
+
+// p, m, v updated in place; all float32 [count] device memory.
+void adamw(
+    Stream& stream,
+    const AdamWParams& params,
+    float* p,
+    float* m,
+    float* v,
+    const float* g,
+    int64_t count
+);
+
+// sqrt(sum g^2) in float64: partial sums of fixed tiles of 4096, added in ascending order. Not
+// finite if any g is not.
+double global_norm(Stream& stream, const float* g, int64_t count);
+
+}  // namespace orbit
