@@ -1,0 +1,13 @@
+// One layer function per family, written with the recorded ops of Pass. Adding a family: one file
+// here, one line in forward.cpp's table, its config keys and tensor names in config.cpp and the
+// loader.
+#pragma once
+
+#include "model/forward.h"
+
+namespace orbit {
+
+// llama, qwen2 (bias on q, k, v) and qwen3 (per-head norm of q and k).
+Tensor llama_layer(Pass& pass, const LayerWeights& w, KvView pages, Tensor x, Tensor out);
+
+}  // namespace orbit

@@ -1,0 +1,23 @@
+// The llama block: x + Attn(norm(x)), then x + MLP(norm(x)). T tokens, D width, H heads, K kv
+// heads, d head width, I MLP.
+#include "model/families/families.h"
+
+namespace orbit {
+
+Tensor llama_layer(Pass& pass, const LayerWeights& w, KvView pages, Tensor x_TD, Tensor out_TD) {
+    const ModelConfig& c = pass.model.config;
+    const int64_t T = x_TD.rows();
+    const Tensor n_TD = pass.rms_norm(x_TD, w.input_norm);
+    const Tensor q_THd = pass.linear(n_TD, w.q).reshaped({T, c.num_heads, c.head_dim});
+    const Tensor k_TKd = pass.linear(n_TD, w.k).reshaped({T, c.num_kv_heads, c.head_dim});
+    const Tensor v_TKd = pass.linear(n_TD, w.v).reshaped({T, c.num_kv_heads, c.head_dim});
+    const Tensor a_THd = pass.attention(
+        pass.norm_rope(q_THd, w.q_norm), pass.norm_rope(k_TKd, w.k_norm), v_TKd, pages
+    );
+    const Tensor h_TD = pass.linear(a_THd.reshaped({T, c.num_heads * c.head_dim}), w.o, x_TD);
+    const Tensor m_TD = pass.rms_norm(h_TD, w.post_attention_norm);
+    const Tensor y_TI = pass.swiglu(pass.linear(m_TD, w.gate), pass.linear(m_TD, w.up));
+    return pass.linear(y_TI, w.down, h_TD, out_TD);
+}
+
+}  // namespace orbit

@@ -1,0 +1,202 @@
+#include "model/forward.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "model/families/families.h"
+#include "ops/activation.h"
+#include "ops/attention.h"
+#include "ops/embed.h"
+#include "ops/norm.h"
+
+namespace orbit {
+namespace {
+
+Tensor scratch_like(Pass& pass, int64_t rows, int64_t cols) {
+    return pass.stream.scratch.take(pass.model.compute, {rows, cols});
+}
+
+Tensor scratch_same(Pass& pass, Tensor x) {
+    x.data = pass.stream.scratch.take_bytes(static_cast<size_t>(x.bytes()));
+    return x;
+}
+
+NormRopeParams rope_params(const Pass& pass, Tensor x, const float* norm_weight) {
+    NormRopeParams p;
+    p.x = x;
+    p.norm_weight = norm_weight;
+    p.eps = pass.model.config.norm_eps;
+    p.rope = pass.model.rope;
+    p.positions = pass.batch.positions;
+    return p;
+}
+
+}  // namespace
+
+Tensor Pass::rms_norm(Tensor x, const float* weight) {
+    const Tensor y = scratch_same(*this, x);
+    const float eps = model.config.norm_eps;
+    orbit::rms_norm(stream, x, weight, eps, y);
+    if (tape != nullptr) {
+        tape->record([this, x, weight, eps, y](Tape& t) {
+            const Tensor dy = t.of_output(y);
+            const auto dx = t.of_input(x);
+            rms_norm_backward(stream, x, weight, eps, dy, dx.grad, dx.accumulate);
+        });
+    }
+    return y;
+}
+
+Tensor Pass::linear(Tensor x, const LinearWeights& weights, Tensor residual, Tensor out) {
+    const Tensor y = out.defined() ? out : scratch_like(*this, x.rows(), weights.w.rows);
+    LinearParams p;
+    p.x = x;
+    p.w = weights.w;
+    p.bias = weights.bias;
+    p.residual = residual;
+    if (adapter != nullptr && slot != kNoAdapter) {
+        p.adapter = adapter->view(slot, weights.site);
+    }
+    orbit::linear(stream, p, y);
+    if (tape != nullptr) {
+        tape->record([this, p, y, site = weights.site](Tape& t) {
+            const Tensor dy = t.of_output(y);
+            const auto dx = t.of_input(p.x);
+            const AdapterGrad grad =
+                p.adapter.kind == AdapterKind::kNone ? AdapterGrad{} : adapter->gradient(site);
+            linear_backward(stream, p, dy, dx.grad, dx.accumulate, grad);
+            if (p.residual.defined()) {
+                t.alias(p.residual, dy);  // d residual = dy, and dy is not needed any more
+            }
+        });
+    }
+    return y;
+}
+
+Tensor Pass::norm_rope(Tensor x, const float* norm_weight) {
+    const Tensor y = scratch_same(*this, x);
+    const NormRopeParams p = rope_params(*this, x, norm_weight);
+    orbit::norm_rope(stream, p, y);
+    if (tape != nullptr) {
+        tape->record([this, p, y](Tape& t) {
+            const Tensor dy = t.of_output(y);
+            const auto dx = t.of_input(p.x);
+            CHECK(!dx.accumulate, "(q and k have one use)");
+            norm_rope_backward(stream, p, dy, dx.grad);
+        });
+    }
+    return y;
+}
+
+Tensor Pass::attention(Tensor q, Tensor k, Tensor v, KvView pages) {
+    AttentionParams p;
+    p.q = q;
+    p.k = k;
+    p.v = v;
+    p.kv = pages;
+    p.batch = batch;
+    p.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(model.config.head_dim)));
+    const Tensor o = scratch_same(*this, q);
+    float* lse = nullptr;
+    if (tape != nullptr) {
+        lse = stream.scratch.take(DType::kF32, {q.shape[0], q.shape[1]}).as<float>();
+    }
+    orbit::attention(stream, p, o, lse);
+    if (tape != nullptr) {
+        tape->record([this, p, o, lse](Tape& t) {
+            const Tensor d_o = t.of_output(o);
+            const auto dq = t.of_input(p.q);
+            const auto dk = t.of_input(p.k);
+            const auto dv = t.of_input(p.v);
+            CHECK(!dq.accumulate && !dk.accumulate && !dv.accumulate, "(q, k and v have one use)");
+            attention_backward(stream, p, o, lse, d_o, dq.grad, dk.grad, dv.grad);
+        });
+    }
+    return o;
+}
+
+Tensor Pass::swiglu(Tensor gate, Tensor up) {
+    const Tensor y = scratch_same(*this, gate);
+    orbit::swiglu(stream, gate, up, y);
+    if (tape != nullptr) {
+        tape->record([this, gate, up, y](Tape& t) {
+            const Tensor dy = t.of_output(y);
+            const auto dgate = t.of_input(gate);
+            const auto dup = t.of_input(up);
+            CHECK(!dgate.accumulate && !dup.accumulate, "(gate and up have one use)");
+            swiglu_backward(stream, gate, up, dy, dgate.grad, dup.grad);
+        });
+    }
+    return y;
+}
+
+Tensor forward_layer(Pass& pass, int64_t index, Tensor x, Tensor out) {
+    const LayerWeights& weights = pass.model.layers[static_cast<size_t>(index)];
+    return llama_layer(pass, weights, pass.kv.layer(index), x, out);
+}
+
+Tensor forward_hidden(Pass& pass, std::vector<Tensor>* layer_inputs) {
+    const int64_t T = pass.batch.num_tokens;
+    const int64_t D = pass.model.config.width;
+    const int64_t num_layers = pass.model.config.num_layers;
+    // Two buffers in turn; with layer_inputs every layer's input stays, so each output has memory
+    // of its own.
+    std::vector<Tensor> buffers;
+    for (int64_t i = 0; i < (layer_inputs != nullptr ? num_layers + 1 : 2); ++i) {
+        buffers.push_back(scratch_like(pass, T, D));
+    }
+    Tensor x = buffers[0];
+    embed(pass.stream, pass.model.embedding, pass.batch.ids, x);
+    for (int64_t layer = 0; layer < num_layers; ++layer) {
+        const ScratchScope temporaries(pass.stream.scratch);
+        if (layer_inputs != nullptr) {
+            layer_inputs->push_back(x);
+        }
+        x = forward_layer(pass, layer, x, buffers[static_cast<size_t>(layer + 1) % buffers.size()]);
+    }
+    return x;
+}
+
+Tensor head_hidden(
+    Pass& pass, Tensor hidden, const int32_t* rows, int64_t num_rows, Tensor* gathered
+) {
+    const Tensor chosen = scratch_like(pass, num_rows, hidden.cols());
+    gather_rows(pass.stream, hidden, rows, chosen);
+    const Tensor h = scratch_same(pass, chosen);
+    rms_norm(pass.stream, chosen, pass.model.final_norm, pass.model.config.norm_eps, h);
+    if (gathered != nullptr) {
+        *gathered = chosen;
+    }
+    return h;
+}
+
+HeadParams head_params(const Model& model, Tensor h) {
+    HeadParams p;
+    p.h = h;
+    p.w = model.head;
+    p.num_tokens = static_cast<int32_t>(model.config.vocab_size);
+    if (model.tokenizer) {
+        p.num_tokens = std::min(p.num_tokens, model.tokenizer->size());
+    }
+    return p;
+}
+
+void backward_layers(Pass& pass, std::span<const Tensor> layer_inputs, Tensor d_hidden) {
+    CHECK(pass.tape == nullptr, "(the tape is made here)");
+    for (int64_t layer = pass.model.config.num_layers - 1; layer >= 0; --layer) {
+        const ScratchScope temporaries(pass.stream.scratch);
+        Tape tape(pass.stream);
+        Pass recompute{
+            pass.stream, pass.model, pass.batch, pass.kv, pass.adapter, pass.slot, &tape};
+        const Tensor x = layer_inputs[static_cast<size_t>(layer)];
+        const Tensor y = forward_layer(recompute, layer, x, scratch_same(recompute, x));
+        tape.alias(y, d_hidden);
+        tape.run_backward();
+        const Tensor dx = tape.of_output(x);
+        if (dx.data != d_hidden.data) {
+            copy_on_device(pass.stream, d_hidden.data, dx.data, static_cast<size_t>(dx.bytes()));
+        }
+    }
+}
+
+}  // namespace orbit

@@ -1,0 +1,58 @@
+// The one forward. Rollout, scoring and training call these functions; with a tape the ops record
+// themselves, without one they record nothing. The arithmetic is the same either way, so the bits
+// are.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "adapter/adapter.h"
+#include "model/kv_cache.h"
+#include "model/model.h"
+#include "model/tape.h"
+#include "ops/logprob.h"
+
+namespace orbit {
+
+constexpr int kNoAdapter = -1;  // slot: the base itself
+
+// One call of the model on one batch. Activations live in stream.scratch; the caller owns the
+// scope.
+struct Pass {
+    Stream& stream;
+    const Model& model;
+    BatchView batch;
+    const KvCache& kv;
+    AdapterStore* adapter = nullptr;
+    int slot = kNoAdapter;
+    Tape* tape = nullptr;
+
+    // Recorded ops. `out`: where to write; undefined: new scratch memory.
+    Tensor rms_norm(Tensor x, const float* weight);
+    Tensor linear(Tensor x, const LinearWeights& weights, Tensor residual = {}, Tensor out = {});
+    Tensor norm_rope(Tensor x, const float* norm_weight);  // x: [T, heads, head_dim]
+    Tensor attention(Tensor q, Tensor k, Tensor v, KvView pages);
+    Tensor swiglu(Tensor gate, Tensor up);
+};
+
+// x after layer `index`; written to `out` ([T, width]).
+Tensor forward_layer(Pass& pass, int64_t index, Tensor x, Tensor out);
+
+// Embedding and all layers: the hidden states before the final norm, [T, width]. `layer_inputs`,
+// when given, receives the input of every layer (kept in scratch) for recomputation.
+Tensor forward_hidden(Pass& pass, std::vector<Tensor>* layer_inputs = nullptr);
+
+// The head's input for chosen rows: gather, then final norm. rows: device int32 [num_rows].
+// `gathered` receives the rows before the norm when given (backward needs them).
+Tensor head_hidden(
+    Pass& pass, Tensor hidden, const int32_t* rows, int64_t num_rows, Tensor* gathered = nullptr
+);
+
+HeadParams head_params(const Model& model, Tensor h);
+
+// Walks all layers back from d_hidden = dL/d(hidden before the final norm) [T, width], re-running
+// each layer with a tape, and adds the adapter's gradients to its accumulators. Destroys d_hidden.
+void backward_layers(Pass& pass, std::span<const Tensor> layer_inputs, Tensor d_hidden);
+
+}  // namespace orbit
