@@ -1,0 +1,117 @@
+// RolloutEngine: a queue of requests, continuous batching over paged keys and values, a prefix
+// cache, and the sampler.
+//
+// A request is one prompt with num_samples answers; the prompt is computed once and its full pages
+// are shared. Scheduling (max_batch, chunking, arrival order, the cache) changes speed and never
+// results: each row of the forward depends on its own sequence alone, and draws are keyed by (seed,
+// request id, position). A request pins the adapter version that is current when it is submitted.
+// Not thread safe: one thread drives it.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "data/example.h"
+#include "model/forward.h"
+#include "model/token_batch.h"
+#include "rollout/page_pool.h"
+
+namespace orbit {
+
+struct Request {
+    std::vector<int32_t> prompt;  // at least one token
+    int32_t num_samples = 1;
+    std::vector<uint64_t> request_ids;  // one per sample: the key of its random stream
+    uint64_t seed = 0;
+    SamplingFilter filter;
+    int64_t max_tokens = 64;
+    std::vector<std::string> stop;  // stop strings
+    std::vector<int32_t>
+        forced;  // not empty: these tokens are taken instead of drawn (scoring by decode)
+    bool use_adapter = true;  // false: the base
+};
+
+struct Completion {
+    int64_t ticket = 0;  // what submit() returned
+    int32_t sample = 0;
+    std::vector<int32_t> ids;     // the response
+    std::vector<float> logprobs;  // of each response token, as sampled
+    FinishReason finish = FinishReason::kStop;
+    int64_t adapter_version = 0;  // -1: the base
+};
+
+struct EngineOptions {
+    int64_t max_batch = 256;
+    int64_t prefill_chunk = 512;
+    bool prefix_cache = true;
+    int64_t kv_tokens = 0;  // capacity of the page pool, in tokens
+};
+
+struct EngineStats {
+    int64_t prompt_tokens = 0;  // computed
+    int64_t cached_tokens = 0;  // taken from the prefix cache or shared inside a group
+    int64_t decoded_tokens = 0;
+    int64_t forwards = 0;
+};
+
+class RolloutEngine {
+  public:
+    RolloutEngine(
+        Stream& stream, const Model& model, AdapterStore* adapter, const EngineOptions& options
+    );
+    ~RolloutEngine();
+    RolloutEngine(const RolloutEngine&) = delete;
+    RolloutEngine& operator=(const RolloutEngine&) = delete;
+
+    // UserError when the prompt or the answers can never fit.
+    int64_t submit(Request request);
+    // One round: admit, prefill a chunk, decode one token of every running sequence. False when
+    // there is nothing to do.
+    bool step();
+    std::vector<Completion> take_finished();
+
+    int64_t num_running() const { return static_cast<int64_t>(running_.size()); }
+
+    const EngineStats& stats() const { return stats_; }
+
+    size_t kv_bytes() const { return kv_.total_bytes(); }
+
+    // Called after each sampled token (ticket, sample, id); for streaming to a terminal and
+    // progress.
+    std::function<void(int64_t, int32_t, int32_t)> on_token;
+
+  private:
+    struct Group;     // a request that is being prefilled
+    struct Sequence;  // one answer that is being decoded
+    struct Round;     // the rows of one forward
+
+    void admit();
+    int64_t pages_needed(const Request& request) const;
+    void run_round(int slot);
+    void collect(int slot, Round& round);
+    void accept_prefill(
+        const std::shared_ptr<Group>& group, const int32_t* tokens, const float* logprobs
+    );
+    void accept_token(Sequence& sequence, int32_t token, float logprob);
+    void finish(Sequence& sequence, FinishReason reason);
+
+    Stream* stream_;
+    const Model* model_;
+    AdapterStore* adapter_;
+    EngineOptions options_;
+    KvCache kv_;
+    PagePool pages_;
+    std::deque<std::shared_ptr<Group>> waiting_;
+    std::deque<std::shared_ptr<Group>> prefilling_;
+    std::vector<std::unique_ptr<Sequence>> running_;
+    std::vector<Completion> finished_;
+    int64_t next_ticket_ = 0;
+    EngineStats stats_;
+};
+
+}  // namespace orbit

@@ -1,0 +1,85 @@
+// Trainer: packed ragged batches -> adapter gradients -> one AdamW step. It knows coefficients per
+// token, not rewards.
+//
+// accumulate() runs the same forward as the rollout, so the log-probs it sees are the sampler's
+// bits; it asks the objective for (dL/dlogp, dL/dentropy) of every response token and walks the
+// layers back, re-running each one. Memory of one batch: an input per layer, one layer's
+// activations, and a chunk of logits.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "model/forward.h"
+#include "train/options.h"
+
+namespace orbit {
+
+// One sequence of a training batch.
+struct TrainSequence {
+    const std::vector<int32_t>* ids = nullptr;  // prompt then response
+    int32_t prompt_length = 0;
+    int64_t index = 0;  // the caller's name for it
+};
+
+// Columns of one sequence, one entry per response token.
+struct TokenColumns {
+    std::vector<float> logprob;  // current policy
+    std::vector<float> entropy;
+};
+
+struct TokenCoefficients {
+    std::vector<float> d_logprob;  // dL/dlogp, one per response token
+    std::vector<float> d_entropy;  // empty: none
+};
+
+// Fills the coefficients of the batch's sequences, given their columns.
+using CoefficientsFn = std::function<
+    void(std::span<const TrainSequence>, std::span<const TokenColumns>, std::span<TokenCoefficients>)>;
+
+struct Update {
+    double grad_norm = 0;
+    double grad_scale = 1;  // < 1: clipped
+    double lr = 0;
+    bool skipped = false;  // the gradient was not finite; nothing changed
+};
+
+class Trainer {
+  public:
+    Trainer(
+        Stream& stream,
+        const Model& model,
+        AdapterStore& adapter,
+        const TrainOptions& options,
+        SamplingFilter filter
+    );
+
+    // Adds the gradient of one batch. Sequences are whole; slot: the adapter version to
+    // differentiate.
+    void accumulate(
+        std::span<const TrainSequence> batch, int slot, const CoefficientsFn& coefficients
+    );
+    // Clip, AdamW, zero the gradients. Three non-finite gradients in a row are a UserError.
+    Update apply();
+
+    AdapterStore& adapter() { return *adapter_; }
+
+    int64_t optimizer_step() const { return optimizer_step_; }
+
+    void set_optimizer_step(int64_t step) { optimizer_step_ = step; }
+
+    double learning_rate(int64_t applied_steps) const;
+
+  private:
+    Stream* stream_;
+    const Model* model_;
+    AdapterStore* adapter_;
+    TrainOptions options_;
+    SamplingFilter filter_;
+    int64_t optimizer_step_ = 0;  // applied steps
+    int skipped_in_a_row_ = 0;
+};
+
+}  // namespace orbit
