@@ -1,0 +1,135 @@
+// opcheck [--op NAME] [--mode MODE] [--isa ISA] [--device DEVICE] [--threads N]
+#include <fmt/core.h>
+
+#include <cstdlib>
+#include <string>
+#include <string_view>
+
+#include "opcheck/cases.h"
+#include "opcheck/checks.h"
+
+namespace orbit::opcheck {
+namespace {
+
+// One line per file of cases.
+constexpr void (*kRegistrations[])(CaseList&) = {
+    add_linear_cases,
+};
+
+struct Options {
+    std::string op;
+    std::string mode;
+    std::string isa = "auto";
+    std::string device = "cpu";
+    int threads = 0;
+};
+
+Options parse(int argc, char** argv) {
+    Options options;
+    for (int i = 1; i < argc; i += 2) {
+        const std::string_view flag = argv[i];
+        USER_CHECK(i + 1 < argc, "{} needs a value.", flag);
+        const std::string value = argv[i + 1];
+        if (flag == "--op") {
+            options.op = value;
+        } else if (flag == "--mode") {
+            options.mode = value;
+        } else if (flag == "--isa") {
+            options.isa = value;
+        } else if (flag == "--device") {
+            options.device = value;
+        } else if (flag == "--threads") {
+            options.threads = std::atoi(value.c_str());
+        } else {
+            throw UserError(fmt::format(
+                "{} is unknown; the flags are --op, --mode, --isa, --device and --threads.", flag
+            ));
+        }
+    }
+    return options;
+}
+
+struct Tally {
+    int passed = 0;
+    int failed = 0;
+
+    void add(const Case& c, const char* mode, const Verdict& verdict) {
+        ++(verdict.passed ? passed : failed);
+        fmt::print(
+            "{:<16} {:<44} {:<12} {:<5} {}\n",
+            c.op,
+            c.name,
+            mode,
+            verdict.passed ? "ok" : "FAIL",
+            verdict.detail
+        );
+    }
+};
+
+void check_case(
+    const Case& c, const Options& options, Stream& stream, Stream& other, Tally& tally
+) {
+    const auto wanted = [&](const char* mode) {
+        return options.mode == mode || (options.mode.empty() && std::string_view(mode) != "perf");
+    };
+    if (!c.perf_only && c.reference && wanted("forward")) {
+        tally.add(c, "forward", check_forward(c, stream));
+    }
+    if (!c.perf_only && c.reference && c.backward && wanted("grad")) {
+        tally.add(c, "grad", check_grad(c, stream));
+    }
+    bool has_rows = false;
+    for (const auto& in : c.inputs) {
+        has_rows = has_rows || in.per_row;
+    }
+    if (!c.perf_only && has_rows && wanted("invariance")) {
+        tally.add(c, "invariance", check_invariance(c, stream, other));
+    }
+    if (!c.perf_only && wanted("determinism")) {
+        tally.add(c, "determinism", check_determinism(c, stream));
+    }
+    if (c.flops + c.bytes > 0 && wanted("perf")) {
+        tally.add(c, "perf", measure(c, stream));
+    }
+}
+
+int run(int argc, char** argv) {
+    const Options options = parse(argc, argv);
+    CaseList cases;
+    for (const auto add : kRegistrations) {
+        add(cases);
+    }
+    const Device device = make_device(options.device, options.isa, options.threads);
+    const Device other_device =
+        make_device(options.device, options.isa, device.threads->num_threads() == 3 ? 2 : 3);
+    Stream stream(device);
+    Stream other(other_device);
+    fmt::print("device: {}\n", device.name);
+    Tally tally;
+    for (const auto& c : cases) {
+        if (options.op.empty() || c.op == options.op) {
+            check_case(c, options, stream, other, tally);
+        }
+    }
+    USER_CHECK(
+        tally.passed + tally.failed > 0,
+        "--op \"{}\" --mode \"{}\" selects nothing; modes are forward, grad, invariance, "
+        "determinism, perf.",
+        options.op,
+        options.mode
+    );
+    fmt::print("{} passed, {} failed\n", tally.passed, tally.failed);
+    return tally.failed == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace orbit::opcheck
+
+int main(int argc, char** argv) {
+    try {
+        return orbit::opcheck::run(argc, argv);
+    } catch (const orbit::UserError& error) {
+        fmt::print(stderr, "{}\n", error.what());
+        return 2;
+    }
+}
