@@ -42,7 +42,7 @@ std::string default_folder(const Config& config) {
 // Everything a run is made of, in the order it is built.
 struct Run {
     Config config;
-    RunFolder folder;
+    std::optional<RunFolder> folder;  // created once everything else is known to be good
     Device device;
     Stream stream;
     std::unique_ptr<Model> model;
@@ -58,9 +58,8 @@ struct Run {
     int64_t parity_mismatches = 0;
     double accuracy_before = -1;
 
-    Run(const Config& c, RunFolder f)
+    explicit Run(const Config& c)
         : config(c),
-          folder(std::move(f)),
           device(make_device(c.device, c.cpu.isa, c.cpu.threads)),
           stream(device),
           data(Dataset::load(c.data.train, c.data)),
@@ -144,7 +143,7 @@ void print_ledger(const Run& run) {
         run.config.adapter.kind,
         run.model->sites.size(),
         run.data.size(),
-        run.folder.path()
+        run.folder->path()
     ));
 }
 
@@ -191,7 +190,7 @@ void save_checkpoint(Run& run) {
         copy_to_host(run.stream, tensor.values.data(), data, count * sizeof(float));
         checkpoint.tensors.push_back(std::move(tensor));
     }
-    run.folder.write_checkpoint(
+    run.folder->write_checkpoint(
         checkpoint,
         [&](const std::string& folder) {
             run.adapter->save_peft(run.stream, folder, run.config.model);
@@ -424,7 +423,7 @@ void write_summary(const Run& run, double accuracy_after) {
     summary["accuracy_before"] = accuracy(run.accuracy_before);
     summary["accuracy_after"] = accuracy(accuracy_after);
     summary["parity_mismatches"] = run.parity_mismatches;
-    run.folder.write_summary(summary.dump(2) + "\n");
+    run.folder->write_summary(summary.dump(2) + "\n");
 }
 
 // The steps. Returns false when the user asked to stop.
@@ -437,8 +436,8 @@ bool train_steps(Run& run) {
         run.seconds += now_s() - start;
         run.tokens += report.num_tokens;
         run.parity_mismatches += report.parity_mismatches;
-        run.folder.append_rollouts(rollout_lines(report));
-        run.folder.append_metrics(metrics_line(report));
+        run.folder->append_rollouts(rollout_lines(report));
+        run.folder->append_metrics(metrics_line(report));
         print_step(run, report);
         check_parity(run, report);
         check_rewards(report);
@@ -464,10 +463,10 @@ bool train_steps(Run& run) {
 
 RunResult finish_run(Run& run, const std::optional<EvalReport>& before) {
     RunResult result;
-    result.folder = run.folder.path();
+    result.folder = run.folder->path();
     result.accuracy_before = run.accuracy_before;
     result.parity_mismatches = run.parity_mismatches;
-    run.adapter->save_peft(run.stream, run.folder.path() + "/adapter", run.config.model);
+    run.adapter->save_peft(run.stream, run.folder->path() + "/adapter", run.config.model);
     if (run.questions) {
         const EvalReport after = evaluate_run(run, true);
         result.accuracy_after = after.accuracy;
@@ -490,17 +489,17 @@ RunResult finish_run(Run& run, const std::optional<EvalReport>& before) {
         }
     }
     write_summary(run, result.accuracy_after);
-    log_line(fmt::format("adapter: {}/adapter", run.folder.path()));
+    log_line(fmt::format("adapter: {}/adapter", run.folder->path()));
     return result;
 }
 
 RunResult run_steps(Run& run, const std::optional<EvalReport>& before) {
     if (!train_steps(run)) {
         log_line(fmt::format(
-            "stopped after step {}; go on with: orbit resume {}", run.step, run.folder.path()
+            "stopped after step {}; go on with: orbit resume {}", run.step, run.folder->path()
         ));
         RunResult result;
-        result.folder = run.folder.path();
+        result.folder = run.folder->path();
         result.interrupted = true;
         result.parity_mismatches = run.parity_mismatches;
         return result;
@@ -522,10 +521,16 @@ RunResult start_run(const Config& config, std::string path) {
     if (path.empty()) {
         path = default_folder(config);
     }
-    Run run(config, RunFolder::create(path));
-    run.folder.write_config(to_toml(config));
+    USER_CHECK(
+        !file_exists(path + "/config.toml"),
+        "{} already holds a run; go on with orbit resume {}, or give --run another folder.",
+        path,
+        path
+    );
+    Run run(config);
+    run.folder = RunFolder::create(path);
+    run.folder->write_config(to_toml(config));
     print_ledger(run);
-    run.adapter->publish(run.stream, 0);
     std::optional<EvalReport> before;
     if (run.questions) {
         before = evaluate_run(run, false);
@@ -558,9 +563,10 @@ RunResult resume_run(const std::string& path) {
         result.folder = path;
         return result;
     }
-    Run run(config, std::move(folder));
+    Run run(config);
+    run.folder = std::move(folder);
     restore_checkpoint(run, *checkpoint);
-    run.folder.truncate_after(run.step);
+    run.folder->truncate_after(run.step);
     print_ledger(run);
     log_line(fmt::format("going on after step {} of {}", run.step, config.train.steps));
     return run_steps(run, std::nullopt);
