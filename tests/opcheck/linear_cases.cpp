@@ -1,7 +1,300 @@
+// linear, its backward, and linear_f32_out.
+#include <fmt/core.h>
+
+#include <array>
+
 #include "opcheck/cases.h"
+#include "opcheck/weights.h"
+#include "ops/dense.h"
 
 namespace orbit::opcheck {
+namespace {
 
-void add_linear_cases(CaseList&) {}
+struct Shape {
+    WeightFormat format = WeightFormat::kBF16;
+    int64_t rows = 0;  // T
+    int64_t in = 0;
+    int64_t out = 0;
+    DType compute = DType::kBF16;
+    AdapterKind adapter = AdapterKind::kNone;
+    int64_t adapter_size = 0;  // rank or block size
+    bool bias = false;
+    bool residual = false;
+};
+
+// Places of the inputs in a case.
+enum : size_t { kX, kData, kScales, kBias, kResidual, kFirst, kSecond };
+
+constexpr float kLoraScale = 0.5f;
+constexpr WeightFormat kFormats[] = {
+    WeightFormat::kBF16,
+    WeightFormat::kF32,
+    WeightFormat::kF16,
+    WeightFormat::kInt4,
+    WeightFormat::kQ8_0,
+    WeightFormat::kQ4_0,
+    WeightFormat::kQ4_1,
+};
+
+const char* short_name(WeightFormat format) {
+    constexpr const char* kNames[] = {"bf16", "f32", "f16", "int4", "q8_0", "q4_0", "q4_1"};
+    return kNames[static_cast<size_t>(format)];
+}
+
+std::string name_of(const Shape& s) {
+    std::string name = fmt::format("{} {}x{}x{}", short_name(s.format), s.rows, s.in, s.out);
+    if (s.adapter == AdapterKind::kLora) {
+        name += fmt::format(" lora r{}", s.adapter_size);
+    } else if (s.adapter == AdapterKind::kOft) {
+        name += fmt::format(" oft b{}", s.adapter_size);
+    }
+    name += s.bias ? " bias" : "";
+    name += s.residual ? " residual" : "";
+    name += s.compute == DType::kF32 ? " (f32)" : "";
+    return name;
+}
+
+// y[t][n] += sum_k x[t][k] w[n][k]
+void add_product(
+    const std::vector<double>& x,
+    const std::vector<double>& w,
+    int64_t k,
+    double scale,
+    std::vector<double>& y
+) {
+    const size_t depth = static_cast<size_t>(k);
+    const size_t rows = x.size() / depth;
+    const size_t width = w.size() / depth;
+    for (size_t t = 0; t < rows; ++t) {
+        for (size_t n = 0; n < width; ++n) {
+            double sum = 0;
+            for (size_t i = 0; i < depth; ++i) {
+                sum += x[t * depth + i] * w[n * depth + i];
+            }
+            y[t * width + n] += scale * sum;
+        }
+    }
+}
+
+std::vector<double> rotate(
+    const std::vector<double>& x, const std::vector<double>& d, const Shape& s
+) {
+    std::vector<double> y = x;
+    const auto b = static_cast<size_t>(s.adapter_size);
+    const auto in = static_cast<size_t>(s.in);
+    for (size_t t = 0; t < static_cast<size_t>(s.rows); ++t) {
+        for (size_t j = 0; j < in; ++j) {
+            const size_t block = j / b;
+            for (size_t i = 0; i < b; ++i) {
+                y[t * in + j] += x[t * in + block * b + i] * d[(block * b + i) * b + j % b];
+            }
+        }
+    }
+    return y;
+}
+
+Values reference(const Shape& s, const Values& in) {
+    std::vector<double> y(static_cast<size_t>(s.rows * s.out));
+    const bool oft = s.adapter == AdapterKind::kOft;
+    add_product(oft ? rotate(in[kX], in[kFirst], s) : in[kX], in[kData], s.in, 1.0, y);
+    if (s.adapter == AdapterKind::kLora) {
+        std::vector<double> u(static_cast<size_t>(s.rows * s.adapter_size));
+        add_product(in[kX], in[kFirst], s.in, 1.0, u);
+        add_product(u, in[kSecond], s.adapter_size, static_cast<double>(kLoraScale), y);
+    }
+    for (size_t i = 0; i < y.size(); ++i) {
+        y[i] += s.bias ? in[kBias][i % static_cast<size_t>(s.out)] : 0.0;
+        y[i] += s.residual ? in[kResidual][i] : 0.0;
+    }
+    return {y};
+}
+
+LinearParams params_of(const Shape& s, const QuantizedMatrix& weight, const Tensors& in) {
+    LinearParams p;
+    p.x = in[kX];
+    p.w = at_tensors(weight, in[kData], in[kScales]);
+    p.bias = s.bias ? in[kBias].as<float>() : nullptr;
+    p.residual = s.residual ? in[kResidual] : Tensor{};
+    p.adapter.kind = s.adapter;
+    if (s.adapter == AdapterKind::kLora) {
+        p.adapter.lora_a = in[kFirst];
+        p.adapter.lora_b = in[kSecond];
+        p.adapter.lora_scale = kLoraScale;
+    } else if (s.adapter == AdapterKind::kOft) {
+        p.adapter.oft_d = in[kFirst];
+    }
+    return p;
+}
+
+void run_backward(
+    const LinearParams& p, Stream& stream, const Tensors& d_out, const Tensors& d_in
+) {
+    AdapterGrad grad;
+    if (p.adapter.kind == AdapterKind::kLora) {
+        grad.lora_a = d_in[kFirst].as<float>();
+        grad.lora_b = d_in[kSecond].as<float>();
+    } else if (p.adapter.kind == AdapterKind::kOft) {
+        grad.oft_d = d_in[kFirst].as<float>();
+    }
+    linear_backward(stream, p, d_out[0], d_in[kX], false, grad);
+}
+
+void add_adapter_inputs(const Shape& s, Random& random, Case& c) {
+    const int64_t n = s.adapter_size;
+    if (s.adapter == AdapterKind::kLora) {
+        auto a = input("lora_a", s.compute, {n, s.in}, random.normals(n * s.in, 0.2f));
+        auto b = input("lora_b", s.compute, {s.out, n}, random.normals(n * s.out, 0.2f));
+        c.inputs.push_back(with_grad(std::move(a), DType::kF32));
+        c.inputs.push_back(with_grad(std::move(b), DType::kF32));
+    } else if (s.adapter == AdapterKind::kOft) {
+        auto d = input("oft_d", s.compute, {s.in / n, n, n}, random.normals(s.in * n, 0.1f));
+        c.inputs.push_back(with_grad(std::move(d), DType::kF32));
+    }
+}
+
+void set_costs(const Shape& s, const TestWeight& w, Case& c) {
+    const auto macs = static_cast<double>(s.rows) * static_cast<double>(s.in * s.out);
+    const int64_t activations = s.rows * (s.in + s.out) * dtype_bytes(s.compute);
+    c.flops = 2 * macs;
+    c.bytes =
+        static_cast<double>(static_cast<int64_t>(w.data.size() + w.scales.size()) + activations);
+}
+
+Case linear_case(const Shape& s, const TestWeight& w, Random& random) {
+    const bool f32 = s.compute == DType::kF32;
+    Case c;
+    c.op = "linear";
+    c.name = name_of(s);
+    c.inputs = {
+        with_grad(
+            per_row(input("x", s.compute, {s.rows, s.in}, random.normals(s.rows * s.in))), s.compute
+        ),
+        raw_input("w", w.data, f32 ? w.exact_values : w.bf16_values),
+        raw_input("scales", w.scales, {}),
+        input("bias", DType::kF32, {s.out}, random.normals(s.out)),
+        per_row(input("residual", s.compute, {s.rows, s.out}, random.normals(s.rows * s.out)))};
+    add_adapter_inputs(s, random, c);
+    c.outputs = {{"y", s.compute, {s.rows, s.out}, true}};
+    const QuantizedMatrix weight = w.shape;
+    c.run = [s, weight](Stream& stream, const Tensors& in, const Tensors& out) {
+        linear(stream, params_of(s, weight, in), out[0]);
+    };
+    c.backward = [s, weight](
+                     Stream& stream, const Tensors& in, const Tensors& d_out, const Tensors& d_in
+                 ) { run_backward(params_of(s, weight, in), stream, d_out, d_in); };
+    c.reference = [s](const Values& in) { return reference(s, in); };
+    c.forward_tolerance = f32 ? 1e-5 : 1e-2;
+    c.grad_tolerance = f32 ? 1e-4 : 1e-2;
+    return c;
+}
+
+// The head: bf16 (or f32) in, float32 out, and d(logits) rounded to the compute type.
+Case f32_out_case(const Shape& s, Random& random) {
+    const TestWeight w = make_weight(s.format, s.out, s.in, random);
+    const QuantizedMatrix weight = w.shape;
+    const bool f32 = s.compute == DType::kF32;
+    Case c;
+    c.op = "linear_f32_out";
+    c.name = name_of(s);
+    c.inputs = {
+        with_grad(
+            per_row(input("h", s.compute, {s.rows, s.in}, random.normals(s.rows * s.in))), s.compute
+        ),
+        raw_input("w", w.data, f32 ? w.exact_values : w.bf16_values),
+        raw_input("scales", w.scales, {})};
+    c.outputs = {{"logits", DType::kF32, {s.rows, s.out}, true}};
+    c.run = [weight](Stream& stream, const Tensors& in, const Tensors& out) {
+        linear_f32_out(stream, in[kX], at_tensors(weight, in[kData], in[kScales]), out[0]);
+    };
+    c.backward =
+        [weight](Stream& stream, const Tensors& in, const Tensors& d_out, const Tensors& d_in) {
+            const QuantizedMatrix at = at_tensors(weight, in[kData], in[kScales]);
+            linear_f32_out_backward(stream, d_out[0], at, d_in[kX]);
+        };
+    c.reference = [s](const Values& in) { return reference(s, in); };
+    c.forward_tolerance = 1e-5;
+    c.grad_tolerance = f32 ? 1e-4 : 1e-2;
+    return c;
+}
+
+void add_case(CaseList& cases, const Shape& s) {
+    Random random(cases.size() + 1);
+    cases.push_back(linear_case(s, make_weight(s.format, s.out, s.in, random), random));
+}
+
+void add_correctness_cases(CaseList& cases) {
+    for (const DType compute : {DType::kBF16, DType::kF32}) {
+        const auto kind = [&](Shape s) {
+            s.compute = compute;
+            add_case(cases, s);
+        };
+        for (const WeightFormat format : kFormats) {
+            kind({format, 19, 96, 160});
+        }
+        kind({WeightFormat::kInt4, 7, 48, 64});
+        kind({WeightFormat::kBF16, 5, 48, 392});
+        kind({WeightFormat::kBF16, 3, 33, 7});
+        kind({WeightFormat::kBF16, 1, 2, 1});
+        kind({.format = WeightFormat::kInt4, .rows = 15, .in = 64, .out = 96, .bias = true});
+        for (const int64_t rank : {1, 4, 16}) {
+            kind({WeightFormat::kInt4, 13, 96, 80, compute, AdapterKind::kLora, rank, true, true});
+        }
+        for (const int64_t block : {8, 16, 32, 96}) {
+            kind({WeightFormat::kQ4_1, 21, 96, 64, compute, AdapterKind::kOft, block, false, true});
+        }
+        kind({WeightFormat::kBF16, 9, 27, 64, compute, AdapterKind::kOft, 9, true, true});
+        // Longer than one packed chunk, and than one row block.
+        kind({WeightFormat::kQ8_0, 2, 1312, 32});
+        kind({WeightFormat::kQ4_0, 2, 32, 1312});
+        kind({WeightFormat::kInt4, 300, 64, 64, compute, AdapterKind::kOft, 32});
+        kind({WeightFormat::kInt4, 300, 64, 64, compute, AdapterKind::kLora, 8});
+    }
+}
+
+void add_perf_cases(CaseList& cases) {
+    const auto add = [&](const Shape& s) {
+        for (const int64_t rows : {1, 4, 16, 64, 256, 2048}) {
+            Shape at = s;
+            at.rows = rows;
+            Case c;
+            c.op = "linear";
+            c.perf_only = true;
+            c.prepare = [at](Case& self) {
+                Random random(1);
+                const TestWeight w = make_weight(at.format, at.out, at.in, random);
+                self = linear_case(at, w, random);
+                set_costs(at, w, self);
+                self.perf_only = true;
+            };
+            cases.push_back(c);
+        }
+    };
+    for (const WeightFormat format : {WeightFormat::kBF16, WeightFormat::kInt4}) {
+        add({format, 0, 256, 256});
+        add({format, 0, 256, 768});
+        add({format, 0, 768, 256});
+    }
+    for (const WeightFormat format : kFormats) {
+        add({format, 0, 576, 1536});
+    }
+    add({WeightFormat::kQ4_1, 0, 576, 576});
+    add({WeightFormat::kQ4_1, 0, 1536, 576});
+    add({WeightFormat::kQ8_0, 0, 576, 49152});
+    add({WeightFormat::kInt4, 0, 256, 768, DType::kBF16, AdapterKind::kOft, 32});
+    add({WeightFormat::kInt4, 0, 256, 768, DType::kBF16, AdapterKind::kLora, 16});
+}
+
+}  // namespace
+
+void add_linear_cases(CaseList& cases) {
+    add_correctness_cases(cases);
+    for (const DType compute : {DType::kBF16, DType::kF32}) {
+        for (const auto& [rows, in, out] : {std::array<int64_t, 3>{6, 48, 392}, {17, 64, 97}}) {
+            Random random(cases.size() + 1);
+            cases.push_back(f32_out_case({WeightFormat::kBF16, rows, in, out, compute}, random));
+        }
+    }
+    add_perf_cases(cases);
+}
 
 }  // namespace orbit::opcheck

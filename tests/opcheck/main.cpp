@@ -66,9 +66,13 @@ struct Tally {
     }
 };
 
-void check_case(
-    const Case& c, const Options& options, Stream& stream, Stream& other, Tally& tally
-) {
+void check_case(Case c, const Options& options, Stream& stream, Stream& other, Tally& tally) {
+    if (c.perf_only && options.mode != "perf") {
+        return;
+    }
+    if (c.prepare) {
+        c.prepare(c);
+    }
     const auto wanted = [&](const char* mode) {
         return options.mode == mode || (options.mode.empty() && std::string_view(mode) != "perf");
     };

@@ -65,6 +65,8 @@ struct Case {
     double flops = 0;        // of one run, for perf
     double bytes = 0;        // that one run has to move
     bool perf_only = false;  // too large for the reference
+    // Fills in large inputs just before the case runs; they are dropped after it.
+    std::function<void(Case&)> prepare;
 };
 
 using CaseList = std::vector<Case>;

@@ -1,0 +1,464 @@
+// Matrix products on packed panels: a register tile of a few rows by a few vectors of columns walks
+// down the panel once.
+#include <algorithm>
+#include <cstring>
+
+#include "ops/dense_matmul.h"
+#include "ops/dense_panels.h"
+
+#if defined(ORBIT_AVX2) || defined(ORBIT_AVX512)
+#include <immintrin.h>
+#endif
+
+namespace orbit::ORBIT_ISA {
+namespace {
+
+#if defined(ORBIT_AVX512)
+constexpr int kLanes = 16;
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = 4;
+#elif defined(ORBIT_AVX2)
+constexpr int kLanes = 8;
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = 2;
+#else
+constexpr int kLanes = 4;
+constexpr int kTileRows = 2;
+constexpr int kTileVectors = 4;
+#endif
+
+using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
+
+inline void load_lanes(const float* from, Lanes& to) {
+    std::memcpy(&to, from, sizeof to);
+}
+
+inline void store_lanes(float* to, const Lanes& from) {
+    std::memcpy(to, &from, sizeof from);
+}
+
+// sum += x * w: fused where the instruction set has it.
+inline void multiply_add(Lanes& sum, const Lanes& x, const Lanes& w) {
+#if defined(ORBIT_AVX512)
+    sum = _mm512_fmadd_ps(x, w, sum);
+#elif defined(ORBIT_AVX2)
+    sum = _mm256_fmadd_ps(x, w, sum);
+#else
+    sum += x * w;
+#endif
+}
+
+struct Tile {
+    const void* x;
+    int64_t ldx;
+    const uint32_t* cells;
+    int64_t depth;
+    float* sums;  // [rows][kPanelWidth]
+    bool first;   // start at zero, not at `sums`
+};
+
+// kRows rows by the kTileVectors vectors of columns at `column`.
+template <int kRows>
+void run_float_tile(const Tile& tile, int64_t column) {
+    Lanes sum[kRows][kTileVectors] = {};
+    if (!tile.first) {
+        for (int r = 0; r < kRows; ++r) {
+            for (int v = 0; v < kTileVectors; ++v) {
+                load_lanes(tile.sums + r * kPanelWidth + column + v * kLanes, sum[r][v]);
+            }
+        }
+    }
+    const auto* x = static_cast<const float*>(tile.x);
+    const auto* panel = reinterpret_cast<const float*>(tile.cells) + column;
+    for (int64_t k = 0; k < tile.depth; ++k, panel += kPanelWidth) {
+        Lanes w[kTileVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kTileVectors; ++v) {
+            load_lanes(panel + v * kLanes, w[v]);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+            const Lanes value = x[r * tile.ldx + k] - Lanes{};
+#pragma GCC unroll 8
+            for (int v = 0; v < kTileVectors; ++v) {
+                multiply_add(sum[r][v], value, w[v]);
+            }
+        }
+    }
+    for (int r = 0; r < kRows; ++r) {
+        for (int v = 0; v < kTileVectors; ++v) {
+            store_lanes(tile.sums + r * kPanelWidth + column + v * kLanes, sum[r][v]);
+        }
+    }
+}
+
+template <int kRows>
+void run_float_columns(const Tile& tile, int64_t width) {
+    for (int64_t column = 0; column < width; column += kTileVectors * kLanes) {
+        run_float_tile<kRows>(tile, column);
+    }
+}
+
+#if defined(ORBIT_AVX512)
+template <int kRows, int kVectors>
+void run_pair_tile(const Tile& tile) {
+    __m512 sum[kRows][kVectors];
+    for (int r = 0; r < kRows; ++r) {
+        for (int v = 0; v < kVectors; ++v) {
+            sum[r][v] = tile.first ? _mm512_setzero_ps()
+                                   : _mm512_loadu_ps(tile.sums + r * kPanelWidth + v * kLanes);
+        }
+    }
+    const auto* x = static_cast<const char*>(tile.x);
+    const int64_t stride = tile.ldx * 2;
+    const uint32_t* panel = tile.cells;
+    const int64_t steps = tile.depth / 2;
+    for (int64_t s = 0; s < steps; ++s, panel += kPanelWidth, x += 4) {
+        __m512bh w[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+            w[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(panel + v * kLanes));
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+            const auto pair =
+                reinterpret_cast<__m512bh>(_mm512_set1_epi32(load_as<int32_t>(x + r * stride)));
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) {
+                sum[r][v] = _mm512_dpbf16_ps(sum[r][v], pair, w[v]);
+            }
+        }
+    }
+    for (int r = 0; r < kRows; ++r) {
+        for (int v = 0; v < kVectors; ++v) {
+            _mm512_storeu_ps(tile.sums + r * kPanelWidth + v * kLanes, sum[r][v]);
+        }
+    }
+}
+
+template <int kRows>
+void run_pair_columns(const Tile& tile, int64_t width) {
+    switch ((width + kLanes - 1) / kLanes) {
+        case 1:
+            return run_pair_tile<kRows, 1>(tile);
+        case 2:
+            return run_pair_tile<kRows, 2>(tile);
+        case 3:
+            return run_pair_tile<kRows, 3>(tile);
+        default:
+            return run_pair_tile<kRows, 4>(tile);
+    }
+}
+#else
+template <int kRows>
+void run_pair_columns(const Tile&, int64_t) {
+    CHECK(false, "(the pair instructions are AVX-512's)");
+}
+#endif
+
+template <int kRows>
+void run_rows(const Tile& tile, int64_t rows, int64_t width, bool pairs) {
+    if constexpr (kRows > 1) {
+        if (rows < kRows) {
+            return run_rows<kRows - 1>(tile, rows, width, pairs);
+        }
+    }
+    if (pairs) {
+        run_pair_columns<kRows>(tile, width);
+    } else {
+        run_float_columns<kRows>(tile, width);
+    }
+}
+
+int64_t element_bytes(const Product& p) {
+    return p.pairs ? 2 : 4;
+}
+
+const char* x_at(const Product& p, int64_t row, int64_t column) {
+    return static_cast<const char*>(p.x) + (row * p.ldx + column) * element_bytes(p);
+}
+
+// One finished tile: sums of the base and of the low-rank product, to y.
+struct Finish {
+    const Matmul* m;
+    int64_t row;
+    int64_t rows;
+    int64_t column;  // of y
+    int64_t width;
+    float* sums;  // [rows][kPanelWidth], clobbered
+    const float* low_rank;
+};
+
+template <typename T>
+void finish_tile(const Finish& f) {
+    const Matmul& m = *f.m;
+    for (int64_t r = 0; r < f.rows; ++r) {
+        float* v = f.sums + r * kPanelWidth;
+        const int64_t at = (f.row + r) * m.ldy + f.column;
+        T* y = static_cast<T*>(m.y) + at;
+        if (m.scale != 1.0f) {
+            for (int64_t j = 0; j < f.width; ++j) {
+                v[j] *= m.scale;
+            }
+        }
+        if (f.low_rank != nullptr) {
+            const float* u = f.low_rank + r * kPanelWidth;
+            for (int64_t j = 0; j < f.width; ++j) {
+                v[j] += m.low_rank_scale * u[j];
+            }
+        }
+        if (m.bias != nullptr) {
+            const float* bias = m.bias + f.column;
+            for (int64_t j = 0; j < f.width; ++j) {
+                v[j] += bias[j];
+            }
+        }
+        if (m.residual != nullptr) {
+            const T* residual = static_cast<const T*>(m.residual) + at;
+            for (int64_t j = 0; j < f.width; ++j) {
+                v[j] += to_float(residual[j]);
+            }
+        }
+        if (m.accumulate) {
+            for (int64_t j = 0; j < f.width; ++j) {
+                v[j] += to_float(y[j]);
+            }
+        }
+        for (int64_t j = 0; j < f.width; ++j) {
+            store(y + j, v[j]);
+        }
+    }
+}
+
+// One work item's place.
+struct Item {
+    int64_t row;
+    int64_t rows;
+    int64_t block;
+    int64_t n0;  // within the block
+    int64_t width;
+};
+
+Item item_at(const Matmul& m, int64_t index) {
+    const int64_t panel = index % m.panels;
+    const int64_t block = index / m.panels % m.blocks;
+    const int64_t row = index / m.panels / m.blocks * m.row_block;
+    const int64_t n0 = panel * kPanelWidth;
+    return {
+        row, std::min(m.row_block, m.rows - row), block, n0, std::min(kPanelWidth, m.width - n0)};
+}
+
+Product block_of(const Product& p, int64_t block) {
+    Product one = p;
+    if (block > 0) {
+        one.x = x_at(p, 0, block * p.depth);
+        one.w.data = static_cast<const char*>(p.w.data) +
+                     block * p.w.rows * p.w.cols * (p.w.format == WeightFormat::kBF16 ? 2 : 4);
+    }
+    return one;
+}
+
+// The rows of one item over one packed chunk; finishes them when the chunk is the last.
+void run_chunk(
+    const Matmul& m,
+    const Item& item,
+    const Product& main,
+    int64_t k0,
+    const uint32_t* cells,
+    const uint32_t* low_rank_cells,
+    float* sums
+) {
+    const int64_t depth = std::min(m.chunk, main.depth - k0);
+    const bool last = k0 + depth == main.depth;
+    for (int64_t r = 0; r < item.rows; r += kTileRows) {
+        const int64_t rows = std::min<int64_t>(kTileRows, item.rows - r);
+        float* tile_sums = sums + r * kPanelWidth;
+        const Tile tile = {
+            x_at(main, item.row + r, k0), main.ldx, cells, depth, tile_sums, k0 == 0};
+        run_rows<kTileRows>(tile, rows, item.width, main.pairs);
+        if (!last) {
+            continue;
+        }
+        float low_rank[kTileRows * kPanelWidth];
+        const Product& p = m.low_rank;
+        if (p.defined()) {
+            const Tile second = {
+                x_at(p, item.row + r, 0), p.ldx, low_rank_cells, p.depth, low_rank, true};
+            run_rows<kTileRows>(second, rows, item.width, p.pairs);
+        }
+        const Finish finish = {
+            &m,
+            item.row + r,
+            rows,
+            item.block * m.width + item.n0,
+            item.width,
+            tile_sums,
+            p.defined() ? low_rank : nullptr};
+        if (m.y_bf16) {
+            finish_tile<bf16>(finish);
+        } else {
+            finish_tile<float>(finish);
+        }
+    }
+}
+
+}  // namespace
+
+void matmul_items(const Matmul& m, int64_t begin, int64_t end, void* workspace) {
+    auto* sums = static_cast<float*>(workspace);
+    auto* cells = reinterpret_cast<uint32_t*>(sums + m.row_block * kPanelWidth);
+    uint32_t* low_rank_cells = cells + m.chunk * kPanelWidth;
+    for (int64_t index = begin; index < end; ++index) {
+        const Item item = item_at(m, index);
+        const Product main = block_of(m.main, item.block);
+        if (m.low_rank.defined()) {
+            pack_panel(m.low_rank, item.n0, item.width, 0, m.low_rank.depth, low_rank_cells);
+        }
+        for (int64_t k0 = 0; k0 < main.depth; k0 += m.chunk) {
+            pack_panel(main, item.n0, item.width, k0, std::min(m.chunk, main.depth - k0), cells);
+            run_chunk(m, item, main, k0, cells, low_rank_cells, sums);
+        }
+    }
+}
+
+namespace {
+
+constexpr int64_t kOuterRows = 128;  // tokens converted at a time
+constexpr int kOuterVectors = kLanes >= 8 ? 2 : 4;
+constexpr int64_t kOuterColumns = kOuterVectors * kLanes;
+
+// Columns [column, column + width) of rows [row, row + rows) as floats times scale, `to_width`
+// apart and zero-filled.
+template <typename T>
+void widen(
+    const void* from,
+    int64_t ld,
+    int64_t row,
+    int64_t rows,
+    int64_t column,
+    int64_t width,
+    float scale,
+    float* to,
+    int64_t to_width
+) {
+    const T* source = static_cast<const T*>(from) + row * ld + column;
+    for (int64_t r = 0; r < rows; ++r, source += ld, to += to_width) {
+        for (int64_t j = 0; j < width; ++j) {
+            to[j] = scale * to_float(source[j]);
+        }
+        for (int64_t j = width; j < to_width; ++j) {
+            to[j] = 0.0f;
+        }
+    }
+}
+
+// sums [kOuterTile][kOuterColumns] += a^T b over `rows` tokens.
+void outer_tile(const float* a, const float* b, int64_t rows, float* sums) {
+    constexpr int kRows = kLanes == 16 ? 8 : 4;
+    for (int64_t i = 0; i < kOuterTile; i += kRows) {
+        Lanes sum[kRows][kOuterVectors];
+        for (int r = 0; r < kRows; ++r) {
+            for (int v = 0; v < kOuterVectors; ++v) {
+                load_lanes(sums + (i + r) * kOuterColumns + v * kLanes, sum[r][v]);
+            }
+        }
+        for (int64_t t = 0; t < rows; ++t) {
+            Lanes w[kOuterVectors];
+            for (int v = 0; v < kOuterVectors; ++v) {
+                load_lanes(b + t * kOuterColumns + v * kLanes, w[v]);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+                const Lanes value = a[t * kOuterTile + i + r] - Lanes{};
+#pragma GCC unroll 8
+                for (int v = 0; v < kOuterVectors; ++v) {
+                    multiply_add(sum[r][v], value, w[v]);
+                }
+            }
+        }
+        for (int r = 0; r < kRows; ++r) {
+            for (int v = 0; v < kOuterVectors; ++v) {
+                store_lanes(sums + (i + r) * kOuterColumns + v * kLanes, sum[r][v]);
+            }
+        }
+    }
+}
+
+// Moves a tile of `out` into registers' reach and back; the padding stays out of it.
+void add_outer_tile(
+    const OuterSum& o,
+    int64_t block,
+    int64_t i0,
+    int64_t j0,
+    const float* a,
+    const float* b,
+    int64_t rows
+) {
+    const int64_t height = std::min(kOuterTile, o.a_width - i0);
+    const int64_t width = std::min(kOuterColumns, o.b_width - j0);
+    float sums[kOuterTile * kOuterColumns] = {};
+    float* out = o.out + (block * o.a_width + i0) * o.b_width + j0;
+    for (int64_t i = 0; i < height; ++i) {
+        std::copy_n(out + i * o.b_width, width, sums + i * kOuterColumns);
+    }
+    outer_tile(a, b, rows, sums);
+    for (int64_t i = 0; i < height; ++i) {
+        std::copy_n(sums + i * kOuterColumns, width, out + i * o.b_width);
+    }
+}
+
+template <typename T>
+void outer_sum_range(const OuterSum& o, int64_t begin, int64_t end) {
+    float a[kOuterRows * kOuterTile];
+    float b[kOuterRows * kOuterColumns];
+    const int64_t tiles = outer_tiles(o);
+    for (int64_t row = 0; row < o.rows; row += kOuterRows) {
+        const int64_t rows = std::min(kOuterRows, o.rows - row);
+        for (int64_t j0 = 0; j0 < o.b_width; j0 += kOuterColumns) {
+            const int64_t width = std::min(kOuterColumns, o.b_width - j0);
+            int64_t widened = -1;
+            for (int64_t index = begin; index < end; ++index) {
+                const int64_t block = index / tiles;
+                const int64_t i0 = index % tiles * kOuterTile;
+                if (block != widened) {
+                    widen<T>(
+                        o.b,
+                        o.blocks * o.b_width,
+                        row,
+                        rows,
+                        block * o.b_width + j0,
+                        width,
+                        1.0f,
+                        b,
+                        kOuterColumns
+                    );
+                    widened = block;
+                }
+                widen<T>(
+                    o.a,
+                    o.blocks * o.a_width,
+                    row,
+                    rows,
+                    block * o.a_width + i0,
+                    std::min(kOuterTile, o.a_width - i0),
+                    o.scale,
+                    a,
+                    kOuterTile
+                );
+                add_outer_tile(o, block, i0, j0, a, b, rows);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+void outer_sum_items(const OuterSum& o, int64_t begin, int64_t end) {
+    if (o.is_bf16) {
+        outer_sum_range<bf16>(o, begin, end);
+    } else {
+        outer_sum_range<float>(o, begin, end);
+    }
+}
+
+}  // namespace orbit::ORBIT_ISA

@@ -1,0 +1,181 @@
+// Packing a weight into panels: kPanelWidth output columns wide, the contraction downwards.
+//   float panel  [k][64]        one float a cell
+//   pair panel   [k / 2][64]    two bf16 a cell, the even k in the low half
+// Columns past the width and an odd last k are zero. Included once per instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "ops/dense_matmul.h"
+
+namespace orbit::ORBIT_ISA {
+
+constexpr int64_t kBlock = 32;  // columns of a quantised block
+
+// Bytes of a weight have no alignment.
+template <typename T>
+inline T load_as(const void* from) {
+    T value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline const char* weight_row(const QuantizedMatrix& w, int64_t row, int64_t bytes) {
+    return static_cast<const char*>(w.data) + row * bytes;
+}
+
+template <typename T>
+inline void decode_plain(const char* row, int64_t begin, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i) {
+        out[i] = to_float(load_as<T>(row + (begin + i) * static_cast<int64_t>(sizeof(T))));
+    }
+}
+
+inline void decode_int4(
+    const QuantizedMatrix& w, int64_t row, int64_t begin, int64_t count, float* out
+) {
+    const char* words = weight_row(w, row, w.cols / 2);
+    const bf16* scales = w.scales + row * (w.cols / w.group_size);
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t column = begin + i;
+        const int byte = static_cast<uint8_t>(words[column / 2]);
+        const int q = ((column % 2 == 0 ? byte : byte >> 4) & 15) - 8;
+        out[i] = round_to_bf16(static_cast<float>(q) * to_float(scales[column / w.group_size]));
+    }
+}
+
+inline void decode_q8_0(const char* block, float* out) {
+    const float d = to_float(load_as<f16>(block));
+    for (int64_t j = 0; j < kBlock; ++j) {
+        out[j] = d * static_cast<float>(static_cast<int8_t>(block[2 + j]));
+    }
+}
+
+inline void decode_q4(const char* nibbles, float d, float m, int offset, float* out) {
+    for (int64_t j = 0; j < kBlock / 2; ++j) {
+        const int byte = static_cast<uint8_t>(nibbles[j]);
+        out[j] = d * static_cast<float>((byte & 15) - offset) + m;
+        out[j + kBlock / 2] = d * static_cast<float>((byte >> 4) - offset) + m;
+    }
+}
+
+constexpr int64_t block_bytes_of(WeightFormat format) {
+    return format == WeightFormat::kQ8_0 ? 34 : format == WeightFormat::kQ4_0 ? 18 : 20;
+}
+
+inline void decode_blocks(
+    const QuantizedMatrix& w, int64_t row, int64_t begin, int64_t count, float* out
+) {
+    const int64_t bytes = block_bytes_of(w.format);
+    const char* block = weight_row(w, row, w.cols / kBlock * bytes) + begin / kBlock * bytes;
+    for (int64_t done = 0; done < count; done += kBlock, block += bytes) {
+        if (w.format == WeightFormat::kQ8_0) {
+            decode_q8_0(block, out + done);
+        } else if (w.format == WeightFormat::kQ4_0) {
+            decode_q4(block + 2, to_float(load_as<f16>(block)), 0.0f, 8, out + done);
+        } else {
+            const float m = to_float(load_as<f16>(block + 2));
+            decode_q4(block + 4, to_float(load_as<f16>(block)), m, 0, out + done);
+        }
+    }
+}
+
+// Columns [begin, begin + count) of one row: decode_bf16's values, or decode_f32's when exact.
+inline void decode_row(
+    const QuantizedMatrix& w, int64_t row, int64_t begin, int64_t count, bool exact, float* out
+) {
+    switch (w.format) {
+        case WeightFormat::kBF16:
+            decode_plain<bf16>(weight_row(w, row, w.cols * 2), begin, count, out);
+            return;
+        case WeightFormat::kF32:
+            decode_plain<float>(weight_row(w, row, w.cols * 4), begin, count, out);
+            break;
+        case WeightFormat::kF16:
+            decode_plain<f16>(weight_row(w, row, w.cols * 2), begin, count, out);
+            break;
+        case WeightFormat::kInt4:
+            decode_int4(w, row, begin, count, out);
+            return;
+        default:
+            decode_blocks(w, row, begin, count, out);
+            break;
+    }
+    if (!exact) {
+        for (int64_t i = 0; i < count; ++i) {
+            out[i] = round_to_bf16(out[i]);
+        }
+    }
+}
+
+inline uint32_t bf16_bits(float exact_bf16) {
+    return float_bits(exact_bf16) >> 16;
+}
+
+inline uint32_t pair_cell(float even, float odd) {
+    return bf16_bits(even) | (bf16_bits(odd) << 16);
+}
+
+constexpr int64_t kDecodeRun = 64;  // values decoded at a time
+
+// Contraction over w's columns: panel column j is w's row n0 + j.
+inline void pack_forward_plain(
+    const Product& p, int64_t n0, int64_t width, int64_t k0, int64_t depth, uint32_t* cells
+) {
+    float run[kDecodeRun + 1];
+    for (int64_t j = 0; j < kPanelWidth; ++j) {
+        for (int64_t k = 0; k < depth; k += kDecodeRun) {
+            const int64_t count = std::min(kDecodeRun, depth - k);
+            if (j < width) {
+                decode_row(p.w, n0 + j, k0 + k, count, p.exact_values, run);
+            } else {
+                std::fill(run, run + count, 0.0f);
+            }
+            run[count] = 0.0f;
+            if (p.pairs) {
+                for (int64_t i = 0; i < count; i += 2) {
+                    cells[(k + i) / 2 * kPanelWidth + j] = pair_cell(run[i], run[i + 1]);
+                }
+            } else {
+                for (int64_t i = 0; i < count; ++i) {
+                    cells[(k + i) * kPanelWidth + j] = float_bits(run[i]);
+                }
+            }
+        }
+    }
+}
+
+// Contraction over w's rows: panel column j is w's column n0 + j.
+inline void pack_transposed_plain(
+    const Product& p, int64_t n0, int64_t width, int64_t k0, int64_t depth, uint32_t* cells
+) {
+    float even[kPanelWidth] = {};
+    float odd[kPanelWidth] = {};
+    const int64_t step = p.pairs ? 2 : 1;
+    for (int64_t k = 0; k < depth; k += step) {
+        uint32_t* row = cells + k / step * kPanelWidth;
+        decode_row(p.w, k0 + k, n0, width, p.exact_values, even);
+        if (!p.pairs) {
+            std::memcpy(row, even, sizeof even);
+            continue;
+        }
+        decode_row(p.w, k0 + k + 1, n0, width, p.exact_values, odd);
+        for (int64_t j = 0; j < kPanelWidth; ++j) {
+            row[j] = pair_cell(even[j], odd[j]);
+        }
+    }
+}
+
+// Packs w's part for output columns [n0, n0 + width) and k in [k0, k0 + depth).
+inline void pack_panel(
+    const Product& p, int64_t n0, int64_t width, int64_t k0, int64_t depth, uint32_t* cells
+) {
+    if (p.transposed) {
+        pack_transposed_plain(p, n0, width, k0, depth, cells);
+    } else {
+        pack_forward_plain(p, n0, width, k0, depth, cells);
+    }
+}
+
+}  // namespace orbit::ORBIT_ISA

@@ -1,0 +1,128 @@
+#include "opcheck/weights.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace orbit::opcheck {
+namespace {
+
+// About 0.02 to 0.1, so that sums over hundreds of columns stay near 1.
+constexpr uint16_t kHalfScale = 0x2800;  // fp16 2^-5
+
+template <typename T>
+void append(std::vector<uint8_t>& bytes, T value) {
+    const size_t at = bytes.size();
+    bytes.resize(at + sizeof value);
+    std::memcpy(&bytes[at], &value, sizeof value);
+}
+
+f16 random_half(Random& random, uint16_t base, bool any_sign) {
+    const auto mantissa = static_cast<uint16_t>(random.below(1024));
+    const auto sign = static_cast<uint16_t>(any_sign && random.below(2) == 1 ? 0x8000 : 0);
+    return f16{static_cast<uint16_t>(base | mantissa | sign)};
+}
+
+void add_plain(WeightFormat format, int64_t count, Random& random, TestWeight& w) {
+    for (int64_t i = 0; i < count; ++i) {
+        const float value = 0.1f * random.normal();
+        float exact = value;
+        if (format == WeightFormat::kF32) {
+            append(w.data, value);
+        } else if (format == WeightFormat::kBF16) {
+            append(w.data, to_bf16(value));
+            exact = round_to_bf16(value);
+        } else {
+            const f16 half = random_half(random, kHalfScale, true);
+            append(w.data, half);
+            exact = to_float(half);
+        }
+        w.exact_values.push_back(exact);
+    }
+}
+
+void add_int4_row(int64_t cols, int64_t group, Random& random, TestWeight& w) {
+    std::vector<float> scales;
+    for (int64_t g = 0; g < cols / group; ++g) {
+        const bf16 scale = to_bf16(random.uniform(0.01f, 0.05f));
+        append(w.scales, scale);
+        scales.push_back(to_float(scale));
+    }
+    for (int64_t c = 0; c < cols; c += 2) {
+        const auto low = static_cast<int>(random.below(16));
+        const auto high = static_cast<int>(random.below(16));
+        append(w.data, static_cast<uint8_t>(low | (high << 4)));
+        for (const int q : {low, high}) {
+            const float scale = scales[static_cast<size_t>(c / group)];
+            w.exact_values.push_back(round_to_bf16(static_cast<float>(q - 8) * scale));
+        }
+    }
+}
+
+void add_block(WeightFormat format, Random& random, TestWeight& w) {
+    const f16 d =
+        random_half(random, kHalfScale - (format == WeightFormat::kQ8_0 ? 0x1000 : 0), true);
+    append(w.data, d);
+    const bool q4_1 = format == WeightFormat::kQ4_1;
+    f16 m{};
+    if (q4_1) {
+        m = random_half(random, kHalfScale, true);
+        append(w.data, m);
+    }
+    float values[32];
+    for (int64_t j = 0; j < (format == WeightFormat::kQ8_0 ? 32 : 16); ++j) {
+        const auto byte = static_cast<uint8_t>(random.below(256));
+        append(w.data, byte);
+        if (format == WeightFormat::kQ8_0) {
+            values[j] = to_float(d) * static_cast<float>(static_cast<int8_t>(byte));
+        } else {
+            const float offset = q4_1 ? 0.0f : 8.0f;
+            values[j] = to_float(d) * (static_cast<float>(byte & 15) - offset) + to_float(m);
+            values[j + 16] = to_float(d) * (static_cast<float>(byte >> 4) - offset) + to_float(m);
+        }
+    }
+    w.exact_values.insert(w.exact_values.end(), values, values + 32);
+}
+
+}  // namespace
+
+TestWeight make_weight(WeightFormat format, int64_t rows, int64_t cols, Random& random) {
+    TestWeight w;
+    w.shape.format = format;
+    w.shape.rows = rows;
+    w.shape.cols = cols;
+    switch (format) {
+        case WeightFormat::kBF16:
+        case WeightFormat::kF32:
+        case WeightFormat::kF16:
+            add_plain(format, rows * cols, random, w);
+            break;
+        case WeightFormat::kInt4:
+            w.shape.group_size = cols % 32 == 0 ? 32 : 16;
+            for (int64_t row = 0; row < rows; ++row) {
+                add_int4_row(cols, w.shape.group_size, random, w);
+            }
+            break;
+        default:
+            for (int64_t i = 0; i < rows * cols / 32; ++i) {
+                add_block(format, random, w);
+            }
+            break;
+    }
+    if (w.scales.empty()) {
+        w.scales.push_back(0);
+    }
+    for (const float value : w.exact_values) {
+        w.bf16_values.push_back(round_to_bf16(value));
+    }
+    return w;
+}
+
+QuantizedMatrix at_tensors(const QuantizedMatrix& shape, const Tensor& data, const Tensor& scales) {
+    QuantizedMatrix w = shape;
+    w.data = data.data;
+    w.scales =
+        shape.format == WeightFormat::kInt4 ? static_cast<const bf16*>(scales.data) : nullptr;
+    return w;
+}
+
+}  // namespace orbit::opcheck
