@@ -134,8 +134,9 @@ class AdapterStore {
     const std::vector<NamedRange>& tensors() const;
     std::vector<LedgerEntry> ledger() const;
 
+    struct State;  // adapter/state.h, for the files of this folder
+
   private:
-    struct State;
     explicit AdapterStore(std::unique_ptr<State> state);
     std::unique_ptr<State> state_;
 };
