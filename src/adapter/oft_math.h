@@ -40,16 +40,20 @@ inline constexpr int64_t oft_workspace(int64_t b, const OftTransform& t) {
     return (t.degree + 8) * b * b;
 }
 
-template <typename S>
-struct OftVector {
-    static constexpr int64_t kLanes = 64 / static_cast<int64_t>(sizeof(S));
-    typedef S Type __attribute__((vector_size(64)));
-};
+// A vector of the width of the instruction set that this file is compiled for; the width decides
+// how many columns go together, never what a column's sum is.
+#if defined(__AVX512F__)
+constexpr int64_t kOftVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int64_t kOftVectorBytes = 32;
+#else
+constexpr int64_t kOftVectorBytes = 16;
+#endif
 
 // Columns [j, j + lanes) of rows [i, i + kRows) of c = a b, all n x n.
 template <typename S, int kRows>
 static inline void oft_product_tile(const S* a, const S* b, S* c, int64_t n, int64_t i, int64_t j) {
-    using Vector = typename OftVector<S>::Type;
+    typedef S Vector __attribute__((vector_size(kOftVectorBytes)));
     Vector sum[kRows] = {};
     for (int64_t k = 0; k < n; ++k) {
         Vector row;
@@ -66,8 +70,9 @@ static inline void oft_product_tile(const S* a, const S* b, S* c, int64_t n, int
 // c = a b, all n x n row-major; c is neither a nor b.
 template <typename S>
 static void oft_product(const S* a, const S* b, S* c, int64_t n) {
+    constexpr int64_t kLanes = kOftVectorBytes / static_cast<int64_t>(sizeof(S));
     int64_t j = 0;
-    for (; j + OftVector<S>::kLanes <= n; j += OftVector<S>::kLanes) {
+    for (; j + kLanes <= n; j += kLanes) {
         int64_t i = 0;
         for (; i + 4 <= n; i += 4) {
             oft_product_tile<S, 4>(a, b, c, n, i, j);
