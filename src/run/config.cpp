@@ -463,8 +463,11 @@ void check_adapter(const RangeCheck& check, const AdapterOptions& o) {
 }
 
 void check_rest(const RangeCheck& check, const Config& c) {
-    USER_CHECK(!c.data.prompt_field.empty(), "data.prompt_field must name a field of the rows.");
-    USER_CHECK(!c.data.answer_field.empty(), "data.answer_field must name a field of the rows.");
+    for (const auto& [key, value] :
+         {std::pair<std::string, std::string>{"data.prompt_field", c.data.prompt_field},
+          {"data.answer_field", c.data.answer_field}}) {
+        USER_CHECK(!value.empty(), "{}{} must name a field of the rows.", check.where(key), key);
+    }
     check.at_least("reward.length_penalty", c.reward.length_penalty, 0);
     check.at_least("reward.length_target", c.reward.length_target, 0);
     check.in("reward.workers", c.reward.workers, 1, 256);

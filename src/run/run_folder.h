@@ -1,35 +1,23 @@
 // The run folder (docs: README, "What a run leaves"). Everything in it survives a crash at any
 // moment:
 //   config.toml      complete, as run
-//   metrics.jsonl    one object a step, flushed each step; numbers in their shortest round-trip
-//   form rollouts.jsonl   one object an answer checkpoints/step-NNNNNN/   state.json,
-//   tensors.safetensors, adapter/ (PEFT); written under a temporary name, every
-//                    file and folder flushed, then renamed; `digest` (hashes of the other files) is
-//                    written last
+//   metrics.jsonl    one object a step; numbers in their shortest round-trip form
+//   rollouts.jsonl   one object an answer
+//   checkpoints/     see checkpoint.h
 //   adapter/         the final adapter, PEFT
 //   summary.json
+// One process at a time works in it: the folder is locked while a RunFolder exists.
 #pragma once
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
-#include <vector>
+
+#include "run/checkpoint.h"
 
 namespace orbit {
-
-// One named float32 array in host memory.
-struct CheckpointTensor {
-    std::string name;
-    std::vector<float> values;
-};
-
-struct Checkpoint {
-    int64_t step = 0;        // steps that are done
-    std::string state_json;  // counters, versions, device: the caller's business
-    std::vector<CheckpointTensor> tensors;
-    std::string path;  // set when read
-};
 
 class RunFolder {
   public:
@@ -44,8 +32,8 @@ class RunFolder {
 
     void write_config(const std::string& toml) const;
 
-    // Appends one line and flushes it. A full disk is a UserError that says so; what was written
-    // before stays.
+    // Appends one line with a single write (flushed to disk with the next checkpoint). A full disk
+    // is a UserError that says so; what was written before stays, and no half line with it.
     void append_metrics(const std::string& line) const;
     void append_rollouts(const std::string& lines) const;  // whole lines, each with its newline
     // Cuts both files to the lines whose "step" is below `step` (a torn last line goes too).
@@ -65,9 +53,11 @@ class RunFolder {
     void write_summary(const std::string& json) const;
 
   private:
-    explicit RunFolder(std::string path) : path_(std::move(path)) {}
+    struct Lock;
+    explicit RunFolder(std::string path);
 
     std::string path_;
+    std::shared_ptr<Lock> lock_;
 };
 
 }  // namespace orbit
