@@ -43,7 +43,8 @@ def long_functions(path, text):
                 yield f"{path}:{opened}: a function of {number - opened} lines (at most {FUNCTION_LINES_MAX})"
             opened = None
         elif (line.endswith("{") and opened is None
-              and not re.match(r"\s|namespace|struct|class|enum|union|extern|template|#", line)):
+              and not re.match(r"\s|namespace|struct|class|enum|union|extern|template|#", line)
+              and not line.endswith("= {")):
             opened = number
 
 
@@ -69,7 +70,8 @@ def check_file(path):
         if lines > FILE_LINES_MAX:
             yield f"{path}: {lines} lines (at most {FILE_LINES_MAX})"
     if path.suffix in (".h", ".cuh", ".cpp", ".cu"):
-        yield from check_words(path, text, SOURCE_WORDS)
+        if path.parts[0] == "src":
+            yield from check_words(path, text, SOURCE_WORDS)
         yield from long_functions(path, text)
 
 
