@@ -51,8 +51,8 @@ std::vector<float> values_of(int64_t step) {
     return values;
 }
 
-Checkpoint checkpoint_of(int64_t step) {
-    Checkpoint checkpoint;
+RunCheckpoint checkpoint_of(int64_t step) {
+    RunCheckpoint checkpoint;
     checkpoint.step = step;
     checkpoint.tensors = {{"z_first", values_of(step)}, {"a_second", values_of(step + 1)}};
     checkpoint.state_json = fmt::format("{{\"cursor\": {}}}", step);
@@ -67,7 +67,7 @@ void write_step(const std::string& folder, int64_t step, int64_t keep) {
     write_checkpoint(folder, checkpoint_of(step), write_adapter, keep);
 }
 
-void expect_whole(const Checkpoint& checkpoint) {
+void expect_whole(const RunCheckpoint& checkpoint) {
     ASSERT_EQ(checkpoint.tensors.size(), 2u);
     EXPECT_EQ(checkpoint.tensors[0].name, "z_first");
     EXPECT_EQ(checkpoint.tensors[0].values, values_of(checkpoint.step));

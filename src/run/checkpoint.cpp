@@ -107,7 +107,7 @@ void flush_tree(const std::string& folder) {
 
 void write_content(
     const std::string& folder,
-    const Checkpoint& checkpoint,
+    const RunCheckpoint& checkpoint,
     const std::function<void(const std::string&)>& write_adapter
 ) {
     make_directories(folder + "/adapter");
@@ -211,7 +211,7 @@ std::vector<float> read_values(const StoredTensor& stored) {
 
 void write_checkpoint(
     const std::string& checkpoints,
-    const Checkpoint& checkpoint,
+    const RunCheckpoint& checkpoint,
     const std::function<void(const std::string&)>& write_adapter,
     int64_t keep
 ) {
@@ -233,7 +233,7 @@ void write_checkpoint(
     remove_old(checkpoints, checkpoint.step, keep);
 }
 
-Checkpoint load_checkpoint(const std::string& folder) {
+RunCheckpoint load_checkpoint(const std::string& folder) {
     USER_CHECK(is_directory(folder), "there is no checkpoint {}.", folder);
     check_digest(folder);
     const std::string header_path = folder + "/checkpoint.json";
@@ -245,7 +245,7 @@ Checkpoint load_checkpoint(const std::string& folder) {
         "{} is not of format 1, the one that this program reads.",
         header_path
     );
-    Checkpoint checkpoint;
+    RunCheckpoint checkpoint;
     checkpoint.path = folder;
     checkpoint.step = header["step"].get<int64_t>();
     checkpoint.state_json = read_file(folder + "/state.json");
@@ -258,7 +258,7 @@ Checkpoint load_checkpoint(const std::string& folder) {
     return checkpoint;
 }
 
-std::optional<Checkpoint> find_latest_checkpoint(const std::string& checkpoints) {
+std::optional<RunCheckpoint> find_latest_checkpoint(const std::string& checkpoints) {
     const auto steps = steps_in(checkpoints);
     for (auto at = steps.rbegin(); at != steps.rend(); ++at) {
         try {

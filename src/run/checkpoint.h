@@ -23,7 +23,7 @@ struct CheckpointTensor {
     std::vector<float> values;
 };
 
-struct Checkpoint {
+struct RunCheckpoint {
     int64_t step = 0;        // steps that are done
     std::string state_json;  // counters, versions, device: the caller's business
     std::vector<CheckpointTensor> tensors;
@@ -35,15 +35,15 @@ struct Checkpoint {
 // UserError when the disk is full or not writable; what was there before stays as it was.
 void write_checkpoint(
     const std::string& checkpoints,
-    const Checkpoint& checkpoint,
+    const RunCheckpoint& checkpoint,
     const std::function<void(const std::string&)>& write_adapter,
     int64_t keep
 );
 
 // The newest checkpoint whose digest holds; warns about each that it passes over.
-std::optional<Checkpoint> find_latest_checkpoint(const std::string& checkpoints);
+std::optional<RunCheckpoint> find_latest_checkpoint(const std::string& checkpoints);
 
 // The checkpoint in `folder`; UserError with what is wrong with it.
-Checkpoint load_checkpoint(const std::string& folder);
+RunCheckpoint load_checkpoint(const std::string& folder);
 
 }  // namespace orbit

@@ -168,7 +168,7 @@ void RunFolder::truncate_after(int64_t step) const {
 }
 
 void RunFolder::write_checkpoint(
-    const Checkpoint& checkpoint,
+    const RunCheckpoint& checkpoint,
     const std::function<void(const std::string&)>& write_adapter,
     int64_t keep
 ) const {
@@ -178,7 +178,7 @@ void RunFolder::write_checkpoint(
     orbit::write_checkpoint(path_ + "/checkpoints", checkpoint, write_adapter, keep);
 }
 
-std::optional<Checkpoint> RunFolder::latest_checkpoint() const {
+std::optional<RunCheckpoint> RunFolder::latest_checkpoint() const {
     return find_latest_checkpoint(path_ + "/checkpoints");
 }
 

@@ -42,13 +42,13 @@ class RunFolder {
     // `write_adapter(folder)` puts the adapter's PEFT files into the checkpoint. Keeps the newest
     // `keep` checkpoints.
     void write_checkpoint(
-        const Checkpoint& checkpoint,
+        const RunCheckpoint& checkpoint,
         const std::function<void(const std::string&)>& write_adapter,
         int64_t keep
     ) const;
     // The newest checkpoint that is whole; damaged ones are named in a warning and passed over.
     // Empty: none.
-    std::optional<Checkpoint> latest_checkpoint() const;
+    std::optional<RunCheckpoint> latest_checkpoint() const;
 
     void write_summary(const std::string& json) const;
 

@@ -167,7 +167,7 @@ std::string numerics_name(const Run& run) {
 }
 
 void save_checkpoint(Run& run) {
-    Checkpoint checkpoint;
+    RunCheckpoint checkpoint;
     checkpoint.step = run.step;
     ordered_json state;
     state["step"] = run.step;
@@ -199,7 +199,7 @@ void save_checkpoint(Run& run) {
     );
 }
 
-void restore_checkpoint(Run& run, const Checkpoint& checkpoint) {
+void restore_checkpoint(Run& run, const RunCheckpoint& checkpoint) {
     const auto state = ordered_json::parse(checkpoint.state_json, nullptr, false);
     USER_CHECK(
         state.is_object() && state.contains("optimizer_step") && state.contains("device"),
