@@ -19,5 +19,11 @@ void copy_to_host(void* stream, void* to, const void* from, size_t bytes);
 void copy_on_device(void* stream, void* to, const void* from, size_t bytes);
 void zero_fill(void* stream, void* to, size_t bytes);
 void synchronize(void* stream);
+// Stream capture: between the two calls, work on the stream is recorded and not run. end_capture
+// returns the executable graph. No allocation may happen in between.
+void begin_capture(void* stream);
+void* end_capture(void* stream);
+void launch_graph(void* graph, void* stream);
+void destroy_graph(void* graph);
 
 }  // namespace orbit::cuda

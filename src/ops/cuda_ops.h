@@ -5,6 +5,7 @@
 
 #include "ops/activation.h"
 #include "ops/attention.h"
+#include "ops/decode_state.h"
 #include "ops/dense.h"
 #include "ops/embed.h"
 #include "ops/logprob.h"
@@ -68,6 +69,7 @@ void token_logprobs_backward(
 void sample_tokens(
     Stream& stream, const HeadParams& p, const SampleRow* rows, int32_t* tokens, float* logprob
 );
+void advance_decode(Stream& stream, const DecodeState& state);
 void adamw(
     Stream& stream,
     const AdamWParams& params,

@@ -97,6 +97,10 @@ void sample_tokens(Stream&, const HeadParams&, const SampleRow*, int32_t*, float
     no_cuda();
 }
 
+void advance_decode(Stream&, const DecodeState&) {
+    no_cuda();
+}
+
 void adamw(Stream&, const AdamWParams&, float*, float*, float*, const float*, int64_t) {
     no_cuda();
 }

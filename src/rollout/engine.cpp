@@ -7,6 +7,8 @@
 namespace orbit {
 namespace {
 
+constexpr int32_t kSparePage = 0;  // for the padding rows of a decode batch
+
 int64_t pages_for(int64_t tokens) {
     return (tokens + kPageTokens - 1) / kPageTokens;
 }
@@ -55,15 +57,25 @@ RolloutEngine::RolloutEngine(
       options_(options),
       kv_(model,
           model.config.num_layers,
-          pages_for(std::max<int64_t>(options.kv_tokens, kPageTokens))),
-      pages_(kv_.num_pages()) {}
+          pages_for(std::max<int64_t>(options.kv_tokens, kPageTokens)) + 1),
+      pages_(kv_.num_pages()) {
+    CHECK_EQ(pages_.take(), kSparePage);
+    if (options_.decode_steps == 0) {
+        options_.decode_steps = stream.is_cpu() ? 1 : 8;
+    }
+}
 
 RolloutEngine::~RolloutEngine() = default;
 
+// A sequence may run up to decode_steps - 1 tokens past its end before the host sees it.
+int64_t RolloutEngine::longest_length(const Request& request) const {
+    return static_cast<int64_t>(request.prompt.size()) + request.max_tokens +
+           options_.decode_steps - 1;
+}
+
 int64_t RolloutEngine::pages_needed(const Request& request) const {
-    const int64_t prompt = static_cast<int64_t>(request.prompt.size());
-    const int64_t shared = prompt / kPageTokens;
-    return shared + request.num_samples * (pages_for(prompt + request.max_tokens) - shared);
+    const int64_t shared = static_cast<int64_t>(request.prompt.size()) / kPageTokens;
+    return shared + request.num_samples * (pages_for(longest_length(request)) - shared);
 }
 
 int64_t RolloutEngine::submit(Request request) {
@@ -83,7 +95,7 @@ int64_t RolloutEngine::submit(Request request) {
         request.max_tokens = static_cast<int64_t>(request.forced.size());
     }
     USER_CHECK(
-        request.num_samples <= options_.max_batch && pages_needed(request) <= kv_.num_pages(),
+        request.num_samples <= options_.max_batch && pages_needed(request) < kv_.num_pages(),
         "{} answers of up to {} tokens after a prompt of {} need {} tokens of key-value memory, "
         "there are {}; lower "
         "rollout.samples_per_prompt or rollout.max_tokens, or raise rollout.max_batch.",
@@ -91,7 +103,7 @@ int64_t RolloutEngine::submit(Request request) {
         request.max_tokens,
         prompt,
         pages_needed(request) * kPageTokens,
-        kv_.num_pages() * kPageTokens
+        (kv_.num_pages() - 1) * kPageTokens
     );
     auto group = std::make_shared<Group>();
     group->request = std::move(request);
@@ -112,8 +124,7 @@ void RolloutEngine::admit() {
         promised += pages_needed(group->request) - static_cast<int64_t>(group->pages.size());
     }
     for (const auto& sequence : running_) {
-        const Request& request = sequence->group->request;
-        promised += pages_for(static_cast<int64_t>(request.prompt.size()) + request.max_tokens) -
+        promised += pages_for(longest_length(sequence->group->request)) -
                     static_cast<int64_t>(sequence->pages.size());
     }
     while (!waiting_.empty()) {
@@ -145,62 +156,53 @@ bool RolloutEngine::step() {
             slots.push_back(slot);
         }
     };
-    for (const auto& sequence : running_) {
-        note(sequence->group->slot);
-    }
     for (const auto& group : prefilling_) {
         note(group->slot);
     }
     for (const int slot : slots) {
-        run_round(slot);
+        prefill(slot);
     }
-    CHECK(!slots.empty() || waiting_.empty(), "(a waiting request always fits an idle engine)");
-    return !slots.empty();
+    const bool prefilled = !slots.empty();
+    slots.clear();
+    for (const auto& sequence : running_) {
+        note(sequence->group->slot);
+    }
+    for (const int slot : slots) {
+        decode(slot);
+    }
+    CHECK(
+        prefilled || !slots.empty() || waiting_.empty(),
+        "(a waiting request always fits an idle engine)"
+    );
+    return prefilled || !slots.empty();
+}
+
+SampleRow RolloutEngine::first_draw(const Request& request, int32_t sample, int64_t generated)
+    const {
+    SampleRow row;
+    row.filter = request.filter;
+    row.seed = request.seed;
+    row.request = request.request_ids[static_cast<size_t>(sample)];
+    row.position = static_cast<int32_t>(static_cast<int64_t>(request.prompt.size()) + generated);
+    row.forced = request.forced.empty() ? -1 : request.forced[static_cast<size_t>(generated)];
+    return row;
 }
 
 void RolloutEngine::collect(int slot, Round& round) {
-    const auto draw = [&](const Group& group, int32_t sample, int64_t position, int64_t step) {
-        SampleRow row;
-        row.filter = group.request.filter;
-        row.seed = group.request.seed;
-        row.request = group.request.request_ids[static_cast<size_t>(sample)];
-        row.position = static_cast<int32_t>(position);
-        row.forced =
-            group.request.forced.empty() ? -1 : group.request.forced[static_cast<size_t>(step)];
-        round.rows.push_back(round.batch.num_tokens() - 1);
-        round.samples.push_back(row);
-    };
-    for (const auto& sequence : running_) {
-        if (sequence->group->slot != slot) {
-            continue;
-        }
-        const int64_t length = sequence->length();
-        if (static_cast<int64_t>(sequence->pages.size()) < pages_for(length)) {
-            sequence->pages.push_back(pages_.take());
-        }
-        const int32_t last = sequence->response.back();
-        round.batch.add({&last, 1}, static_cast<int32_t>(length - 1), sequence->pages);
-        draw(
-            *sequence->group,
-            sequence->sample,
-            length,
-            static_cast<int64_t>(sequence->response.size())
-        );
-        round.decoding.push_back(sequence.get());
-    }
     int64_t budget = options_.prefill_chunk;
     for (const auto& group : prefilling_) {
         if (group->slot != slot || budget <= 0) {
             continue;
         }
-        const int64_t prompt = static_cast<int64_t>(group->request.prompt.size());
+        const Request& request = group->request;
+        const int64_t prompt = static_cast<int64_t>(request.prompt.size());
         const int64_t count = std::min(budget, prompt - group->computed);
         while (static_cast<int64_t>(group->pages.size()) < pages_for(group->computed + count)) {
             group->pages.push_back(pages_.take());
         }
-        const std::span<const int32_t> ids(group->request.prompt);
         round.batch.add(
-            ids.subspan(static_cast<size_t>(group->computed), static_cast<size_t>(count)),
+            std::span(request.prompt)
+                .subspan(static_cast<size_t>(group->computed), static_cast<size_t>(count)),
             static_cast<int32_t>(group->computed),
             group->pages
         );
@@ -208,15 +210,16 @@ void RolloutEngine::collect(int slot, Round& round) {
         budget -= count;
         stats_.prompt_tokens += count;
         if (group->computed == prompt) {
-            for (int32_t sample = 0; sample < group->request.num_samples; ++sample) {
-                draw(*group, sample, prompt, 0);
+            for (int32_t sample = 0; sample < request.num_samples; ++sample) {
+                round.rows.push_back(round.batch.num_tokens() - 1);
+                round.samples.push_back(first_draw(request, sample, 0));
             }
             round.prefilled.push_back(group);
         }
     }
 }
 
-void RolloutEngine::run_round(int slot) {
+void RolloutEngine::prefill(int slot) {
     Round round;
     collect(slot, round);
     const ScratchScope scope(stream_->scratch);
@@ -225,6 +228,7 @@ void RolloutEngine::run_round(int slot) {
     ++stats_.forwards;
     const size_t count = round.rows.size();
     if (count == 0) {
+        synchronize(*stream_);
         return;
     }
     const int32_t* rows = upload_array<int32_t>(*stream_, round.rows);
@@ -238,18 +242,75 @@ void RolloutEngine::run_round(int slot) {
     std::vector<float> logprobs(count);
     copy_to_host(*stream_, tokens.data(), device_tokens, count * sizeof(int32_t));
     copy_to_host(*stream_, logprobs.data(), device_logprobs, count * sizeof(float));
-
     size_t at = 0;
-    for (Sequence* sequence : round.decoding) {
-        accept_token(*sequence, tokens[at], logprobs[at]);
-        ++at;
-    }
-    stats_.decoded_tokens += static_cast<int64_t>(count);
     for (const auto& group : round.prefilled) {
         accept_prefill(group, &tokens[at], &logprobs[at]);
         at += static_cast<size_t>(group->request.num_samples);
     }
     std::erase_if(running_, [](const auto& sequence) { return sequence->done; });
+    synchronize(*stream_);  // copied pages are there before the decode loop's own stream reads them
+}
+
+void RolloutEngine::decode(int slot) {
+    std::vector<Sequence*> sequences;
+    std::vector<DecodeRow> rows;
+    int64_t steps = options_.decode_steps;
+    for (const auto& sequence : running_) {
+        if (sequence->group->slot == slot) {
+            sequences.push_back(sequence.get());
+        }
+    }
+    for (Sequence* sequence : sequences) {
+        const Request& request = sequence->group->request;
+        const int64_t generated = static_cast<int64_t>(sequence->response.size());
+        while (static_cast<int64_t>(sequence->pages.size()) <
+               pages_for(sequence->length() + steps - 1)) {
+            sequence->pages.push_back(pages_.take());
+        }
+        DecodeRow row;
+        row.last = sequence->response.back();
+        row.position = static_cast<int32_t>(sequence->length() - 1);
+        row.pages = sequence->pages;
+        row.sample = first_draw(request, sequence->sample, generated);
+        if (!request.forced.empty()) {
+            row.forced = std::span(request.forced).subspan(static_cast<size_t>(generated));
+        }
+        rows.push_back(row);
+    }
+    std::vector<int32_t> tokens;
+    std::vector<float> logprobs;
+    decode_loop(rows).run(rows, steps, slot, tokens, logprobs);
+    stats_.forwards += steps;
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        Sequence& sequence = *sequences[i % sequences.size()];
+        if (!sequence.done) {
+            ++stats_.decoded_tokens;
+            accept_token(sequence, tokens[i], logprobs[i]);
+        }
+    }
+    std::erase_if(running_, [](const auto& sequence) { return sequence->done; });
+}
+
+DecodeLoop& RolloutEngine::decode_loop(std::span<const DecodeRow> rows) {
+    int64_t blocks = loop_blocks_;
+    for (const auto& row : rows) {
+        blocks = std::max(blocks, static_cast<int64_t>(row.pages.size()));
+    }
+    if (loop_ == nullptr || blocks > loop_blocks_) {
+        loop_blocks_ = std::min(
+            std::max<int64_t>(blocks * 2, 32), pages_for(model_->config.max_positions) + 2
+        );
+        loop_ = std::make_unique<DecodeLoop>(
+            *model_,
+            kv_,
+            adapter_,
+            options_.max_batch,
+            options_.decode_steps,
+            loop_blocks_,
+            kSparePage
+        );
+    }
+    return *loop_;
 }
 
 void RolloutEngine::accept_prefill(

@@ -19,6 +19,7 @@
 #include "data/example.h"
 #include "model/forward.h"
 #include "model/token_batch.h"
+#include "rollout/decode_loop.h"
 #include "rollout/page_pool.h"
 
 namespace orbit {
@@ -49,6 +50,8 @@ struct EngineOptions {
     int64_t max_batch = 256;
     int64_t prefill_chunk = 512;
     bool prefix_cache = true;
+    int64_t decode_steps =
+        0;                  // tokens decoded between looks of the host; 0: 1 on a CPU, 8 on a GPU
     int64_t kv_tokens = 0;  // capacity of the page pool, in tokens
 };
 
@@ -88,12 +91,16 @@ class RolloutEngine {
   private:
     struct Group;     // a request that is being prefilled
     struct Sequence;  // one answer that is being decoded
-    struct Round;     // the rows of one forward
+    struct Round;     // the rows of one prefill
 
     void admit();
     int64_t pages_needed(const Request& request) const;
-    void run_round(int slot);
+    int64_t longest_length(const Request& request) const;
+    void prefill(int slot);
     void collect(int slot, Round& round);
+    void decode(int slot);
+    SampleRow first_draw(const Request& request, int32_t sample, int64_t generated) const;
+    DecodeLoop& decode_loop(std::span<const DecodeRow> rows);
     void accept_prefill(
         const std::shared_ptr<Group>& group, const int32_t* tokens, const float* logprobs
     );
@@ -106,6 +113,8 @@ class RolloutEngine {
     EngineOptions options_;
     KvCache kv_;
     PagePool pages_;
+    std::unique_ptr<DecodeLoop> loop_;  // made anew when a sequence has more pages than it can hold
+    int64_t loop_blocks_ = 0;
     std::deque<std::shared_ptr<Group>> waiting_;
     std::deque<std::shared_ptr<Group>> prefilling_;
     std::vector<std::unique_ptr<Sequence>> running_;
