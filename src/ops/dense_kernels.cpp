@@ -6,8 +6,10 @@
 #include "ops/dense_matmul.h"
 #include "ops/dense_panels.h"
 
-#if defined(ORBIT_AVX2) || defined(ORBIT_AVX512)
+#if defined(ORBIT_AVX2)
 #include <immintrin.h>
+#elif defined(ORBIT_AVX512)
+#include "ops/dense_panels_avx512.h"
 #endif
 
 namespace orbit::ORBIT_ISA {
@@ -149,7 +151,19 @@ void run_pair_columns(const Tile& tile, int64_t width) {
             return run_pair_tile<kRows, 4>(tile);
     }
 }
+
+void pack(const Product& p, int64_t n0, int64_t width, int64_t k0, int64_t depth, uint32_t* cells) {
+    if (p.pairs) {
+        pack_pair_panel(p, n0, width, k0, depth, cells);
+    } else {
+        pack_panel(p, n0, width, k0, depth, cells);
+    }
+}
 #else
+void pack(const Product& p, int64_t n0, int64_t width, int64_t k0, int64_t depth, uint32_t* cells) {
+    pack_panel(p, n0, width, k0, depth, cells);
+}
+
 template <int kRows>
 void run_pair_columns(const Tile&, int64_t) {
     CHECK(false, "(the pair instructions are AVX-512's)");
@@ -312,10 +326,10 @@ void matmul_items(const Matmul& m, int64_t begin, int64_t end, void* workspace) 
         const Item item = item_at(m, index);
         const Product main = block_of(m.main, item.block);
         if (m.low_rank.defined()) {
-            pack_panel(m.low_rank, item.n0, item.width, 0, m.low_rank.depth, low_rank_cells);
+            pack(m.low_rank, item.n0, item.width, 0, m.low_rank.depth, low_rank_cells);
         }
         for (int64_t k0 = 0; k0 < main.depth; k0 += m.chunk) {
-            pack_panel(main, item.n0, item.width, k0, std::min(m.chunk, main.depth - k0), cells);
+            pack(main, item.n0, item.width, k0, std::min(m.chunk, main.depth - k0), cells);
             run_chunk(m, item, main, k0, cells, low_rank_cells, sums);
         }
     }

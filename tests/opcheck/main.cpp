@@ -70,8 +70,8 @@ void check_case(Case c, const Options& options, Stream& stream, Stream& other, T
     if (c.perf_only && options.mode != "perf") {
         return;
     }
-    if (c.prepare) {
-        c.prepare(c);
+    if (const auto prepare = c.prepare; prepare) {  // a copy: it may assign the whole case
+        prepare(c);
     }
     const auto wanted = [&](const char* mode) {
         return options.mode == mode || (options.mode.empty() && std::string_view(mode) != "perf");
