@@ -1,3 +1,4 @@
+#include "device/cuda/check.cuh"
 #include "ops/cuda_ops.h"
 
 namespace orbit::cuda {
@@ -24,7 +25,8 @@ __global__ void advance_kernel(DecodeState s) {
 }  // namespace
 
 void advance_decode(Stream& stream, const DecodeState& state) {
-    advance_kernel<<<1, 256, 0, static_cast<cudaStream_t>(stream.handle)>>>(state);
+    advance_kernel<<<1, 256, 0, queue_of(stream)>>>(state);
+    LAUNCH_CHECK();
 }
 
 }  // namespace orbit::cuda
