@@ -358,9 +358,11 @@ TEST(RewardCommand, AProgramThatCannotStartIsAUserError) {
     RewardOptions options;
     options.command = "no-such-program-orbit --x";
     EXPECT_NE(error_of(options).find("not found"), std::string::npos) << error_of(options);
+    options.command = "A=1 no-such-program-orbit";
+    EXPECT_NE(error_of(options).find("not found"), std::string::npos) << error_of(options);
     options.command = "echo 'cannot import torch' >&2; exit 1";
     EXPECT_NE(error_of(options).find("cannot import torch"), std::string::npos);
-    options.command = "exit 0";
+    options.command = "exit 0;";
     EXPECT_NE(error_of(options).find("stdin"), std::string::npos);
 }
 

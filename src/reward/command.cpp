@@ -131,6 +131,15 @@ void close_if_open(int& fd) {
     }
 }
 
+// The shell steps aside for a single command, so that the program itself is our child and its exit
+// status and its end are seen at first hand.
+std::string shell_text(const std::string& command) {
+    const std::string first_word = command.substr(0, command.find(' '));
+    const bool single = command.find_first_of(";&|<>()`\n!") == std::string::npos &&
+                        first_word.find('=') == std::string::npos;
+    return single ? "exec " + command : command;
+}
+
 std::string exit_text(int status) {
     if (WIFSIGNALED(status)) {
         return fmt::format("was ended by signal {}", WTERMSIG(status));
@@ -153,7 +162,7 @@ void block_sigpipe() {
 class CommandReward::Program {
   public:
     Program(const std::string& command, double timeout_s)
-        : command_(command), timeout_s_(timeout_s) {}
+        : command_(shell_text(command)), timeout_s_(timeout_s) {}
 
     ~Program() { stop(kStopGrace_s); }
 
