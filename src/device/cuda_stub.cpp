@@ -55,4 +55,18 @@ void synchronize(void*) {
     no_cuda();
 }
 
+void begin_capture(void*) {
+    no_cuda();
+}
+
+void* end_capture(void*) {
+    no_cuda();
+}
+
+void launch_graph(void*, void*) {
+    no_cuda();
+}
+
+void destroy_graph(void*) {}
+
 }  // namespace orbit::cuda
