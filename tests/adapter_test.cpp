@@ -6,11 +6,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <nlohmann/json.hpp>
+#include <thread>
 
 #include "adapter/oft_math.h"
 #include "adapter/peft_config.h"
@@ -20,6 +23,11 @@
 
 namespace orbit {
 namespace {
+
+// Without write_file_atomic's fsyncs, which cost more than the tests.
+void write_plain(const std::string& path, const std::string& content) {
+    std::ofstream(path, std::ios::binary) << content;
+}
 
 const OftTransform kSeries5 = neumann_transform(5, false);
 
@@ -432,6 +440,42 @@ TEST(AdapterStore, SlotsAreReusedOnlyWhenNothingPinsThem) {
     EXPECT_DEATH(store.unpin(first), "pins");
 }
 
+TEST(AdapterStore, ReadersSeeWholeVersionsWhilePublishing) {
+    const Device device = make_device("cpu", "auto", 1);
+    Stream stream(device);
+    AdapterOptions options = options_of("oft");
+    options.neumann_terms = 2;  // D = 2 Q: every entry above the diagonal tells the version
+    AdapterStore store(device, options, small_sites(), DType::kF32, 3, 1);
+    std::atomic<bool> done{false};
+    std::atomic<int64_t> torn{0};
+    std::thread reader([&] {
+        while (!done) {
+            const int slot = store.pin_current();
+            const auto version = static_cast<float>(store.version_of(slot));
+            for (int32_t site = 0; site < 6; ++site) {
+                const Tensor d = store.view(slot, site).oft_d;
+                torn += d.as<float>()[1] != 2 * version / 1024 ? 1 : 0;
+                torn += d.as<float>()[d.numel() - 17] != 2 * version / 1024 ? 1 : 0;
+            }
+            store.unpin(slot);
+        }
+    });
+    for (int64_t version = 1; version <= 200; ++version) {
+        const float value = static_cast<float>(version) / 1024;
+        std::fill(store.masters(), store.masters() + store.num_parameters(), 0.0f);
+        for (const auto& range : store.tensors()) {
+            const int64_t size = range.shape[0] * range.shape[1];
+            store.masters()[range.offset] = value;
+            store.masters()[range.offset + size - 1] = value;
+        }
+        store.publish(stream, version);
+    }
+    done = true;
+    reader.join();
+    EXPECT_EQ(torn, 0);
+    EXPECT_EQ(store.current_version(), 200);
+}
+
 TEST(AdapterStore, RefusesARotationBeyondTheSeries) {
     const Device device = make_device("cpu", "auto", 1);
     Stream stream(device);
@@ -647,6 +691,29 @@ TEST(Peft, RanksAlphasAndTargetsPerLayer) {
     folder.edit([](auto& json) { json["alpha_pattern"] = {{"q_proj", 6}, {"0.*q_proj", 32}}; });
     auto store = AdapterStore::load_peft(device, folder.path(), small_sites(), DType::kF32, 1);
     EXPECT_EQ(store->view(0, 0).lora_scale, 0.75f);  // the first match wins
+}
+
+TEST(Peft, ARotationBeyondTheSeriesNamesTheFolder) {
+    const Device device = make_device("cpu", "auto", 1);
+    Folder folder;
+    save_small(device, options_of("oft"), folder);
+    const std::vector<float> large(120, 0.5f);
+    folder.edit([](auto& json) {
+        json["target_modules"] = {"layers.0.self_attn.q_proj"};
+        json["block_share"] = true;
+    });
+    write_safetensors(
+        folder.weights(),
+        {{"base_model.model.model.layers.0.self_attn.q_proj.oft_R.weight",
+          "F32",
+          {1, 120},
+          large.data(),
+          480}},
+        {}
+    );
+    expect_error(device, folder, folder.path() + ": block 0 of model.layers.0.self_attn.q_proj");
+    folder.edit([](auto& json) { json["use_cayley_neumann"] = false; });
+    EXPECT_EQ(load_error(device, folder), "");
 }
 
 TEST(Peft, SharedBlocksAndFixedNumberOfBlocks) {
@@ -884,7 +951,7 @@ TEST(Peft, DamagedFilesAreUserErrorsAndNeverCrashes) {
                     default:
                         bad.insert(at, "999");
                 }
-                write_file_atomic(path, bad);
+                write_plain(path, bad);
                 failures += load_error(device, folder).empty() ? 0 : 1;
             }
             EXPECT_GT(failures, 50);

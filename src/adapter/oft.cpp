@@ -104,16 +104,18 @@ void oft_check_bounds(const OftJob& job, const std::vector<OftBound>& bounds) {
             const OftBound& bound = bounds[static_cast<size_t>(site.first_row + row)];
             USER_CHECK(
                 std::isfinite(bound.norm) && std::isfinite(bound.theta),
-                "adapter: block {} of {} holds values that are not finite; go back to an earlier "
+                "{}: block {} of {} holds values that are not finite; go back to an earlier "
                 "checkpoint and lower train.lr.",
+                job.origin,
                 row,
                 site.site.module
             );
             USER_CHECK(
                 job.transform.exact || bound.theta < 1.0,
-                "adapter: block {} of {} has the rotation bound {:.3f}, and from 1 on the "
+                "{}: block {} of {} has the rotation bound {:.3f}, and from 1 on the "
                 "Cayley-Neumann series is no rotation any more; lower train.lr, or set "
                 "adapter.exact_cayley = true.",
+                job.origin,
                 row,
                 site.site.module,
                 bound.theta

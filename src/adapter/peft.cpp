@@ -433,6 +433,7 @@ std::unique_ptr<AdapterStore> AdapterStore::load_peft(
         State::create(device, options, extras_of(config), std::move(layouts), compute, num_slots)
     ));
     State& state = *store->state_;
+    state.origin = folder;
     std::vector<float> masters(static_cast<size_t>(state.num_parameters));
     for (const NamedRange& range : state.tensors) {
         read_floats(file.tensor(range.name), file_sign(options), masters.data() + range.offset);

@@ -56,6 +56,7 @@ struct AdapterStore::State {
     );
 
     const Device* device;
+    std::string origin = "adapter";  // for messages: the folder it was read from
     AdapterOptions options;
     AdapterExtras extras;
     DType compute = DType::kBF16;
@@ -102,6 +103,7 @@ void lora_derive(
 );
 
 struct OftJob {
+    const std::string& origin;
     const std::vector<SiteLayout>& sites;
     OftTransform transform;
     int64_t num_rows = 0;

@@ -198,7 +198,7 @@ const float* masters_on_host(
 }
 
 OftJob oft_job(const AdapterStore::State& state) {
-    return {state.sites, state.extras.transform, state.num_oft_rows, state.block_max};
+    return {state.origin, state.sites, state.extras.transform, state.num_oft_rows, state.block_max};
 }
 
 HostWork host_work(const Stream& stream) {
