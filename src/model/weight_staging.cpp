@@ -1,0 +1,263 @@
+#include "model/weight_staging.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "base/error.h"
+
+namespace orbit {
+namespace {
+
+template <typename T>
+T load(const std::byte* from) {
+    T value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+// Whether one of `count` numbers of type T, `stride` bytes apart, has all exponent bits set.
+template <typename T>
+bool holds_non_finite(const std::byte* from, int64_t count, int64_t stride, T exponent) {
+    bool found = false;
+    for (int64_t i = 0; i < count; ++i) {
+        found |= (load<T>(from + i * stride) & exponent) == exponent;
+    }
+    return found;
+}
+
+bool holds_non_finite(WeightFormat format, const std::byte* from, int64_t count) {
+    constexpr uint16_t kBf16Exponent = 0x7f80;
+    constexpr uint16_t kF16Exponent = 0x7c00;
+    constexpr uint32_t kF32Exponent = 0x7f800000;
+    const int64_t block = row_bytes(format, 32);
+    switch (format) {
+        case WeightFormat::kBF16:
+            return holds_non_finite<uint16_t>(from, count, 2, kBf16Exponent);
+        case WeightFormat::kF16:
+            return holds_non_finite<uint16_t>(from, count, 2, kF16Exponent);
+        case WeightFormat::kF32:
+            return holds_non_finite<uint32_t>(from, count, 4, kF32Exponent);
+        case WeightFormat::kInt4:
+            return false;  // its scales are checked on their own
+        case WeightFormat::kQ8_0:
+        case WeightFormat::kQ4_0:
+            return holds_non_finite<uint16_t>(from, count / 32, block, kF16Exponent);
+        case WeightFormat::kQ4_1:
+            return holds_non_finite<uint16_t>(from, count / 32, block, kF16Exponent) ||
+                   holds_non_finite<uint16_t>(from + 2, count / 32, block, kF16Exponent);
+    }
+    return false;
+}
+
+// GGUF llama files hold the rows of a head as (0, d/2, 1, d/2 + 1, ...): back to the order of
+// Hugging Face. Rows are whole, so no value changes.
+void restore_row_order(StagedWeight& staged, int64_t heads) {
+    QuantizedMatrix& w = staged.matrix;
+    CHECK(w.format != WeightFormat::kInt4, "(GGUF files hold no such rows)");
+    const auto bytes = static_cast<size_t>(row_bytes(w.format, w.cols));
+    const int64_t head_rows = w.rows / heads;
+    std::vector<std::byte> ordered(static_cast<size_t>(w.rows) * bytes);
+    const auto* from = static_cast<const std::byte*>(w.data);
+    for (int64_t row = 0; row < w.rows; ++row) {
+        const int64_t head = row / head_rows;
+        const int64_t channel = row % head_rows;
+        const int64_t half = channel / (head_rows / 2);
+        const int64_t source = head * head_rows + 2 * (channel % (head_rows / 2)) + half;
+        std::memcpy(
+            ordered.data() + static_cast<size_t>(row) * bytes,
+            from + static_cast<size_t>(source) * bytes,
+            bytes
+        );
+    }
+    staged.data = std::move(ordered);
+    w.data = staged.data.data();
+}
+
+void widen_to_f32(ThreadPool& threads, StagedWeight& staged) {
+    QuantizedMatrix& w = staged.matrix;
+    std::vector<std::byte> wide(static_cast<size_t>(w.rows * w.cols) * sizeof(float));
+    auto* out = reinterpret_cast<float*>(wide.data());
+    threads.parallel_for(w.rows, 16, [&](int64_t begin, int64_t end, int) {
+        for (int64_t row = begin; row < end; ++row) {
+            decode_f32(w, row, 0, w.cols, out + row * w.cols);
+        }
+    });
+    staged.data = std::move(wide);
+    w.data = staged.data.data();
+    w.format = WeightFormat::kF32;
+}
+
+void round_matrix(ThreadPool& threads, const StoredWeight& weight, StagedWeight& staged) {
+    QuantizedMatrix& w = staged.matrix;
+    std::vector<std::byte> rounded(static_cast<size_t>(w.rows * w.cols) * sizeof(bf16));
+    auto* out = reinterpret_cast<bf16*>(rounded.data());
+    std::vector<float> errors(static_cast<size_t>(threads.num_threads()), 0.0f);
+    threads.parallel_for(w.rows, 16, [&](int64_t begin, int64_t end, int thread) {
+        std::vector<float> values(static_cast<size_t>(w.cols));
+        float largest = errors[static_cast<size_t>(thread)];
+        for (int64_t row = begin; row < end; ++row) {
+            decode_f32(w, row, 0, w.cols, values.data());
+            for (int64_t i = 0; i < w.cols; ++i) {
+                const float value = values[static_cast<size_t>(i)];
+                const bf16 near = to_bf16(value);
+                out[row * w.cols + i] = near;
+                largest = std::max(largest, std::abs(value - to_float(near)));
+            }
+        }
+        errors[static_cast<size_t>(thread)] = largest;
+    });
+    staged.largest_rounding_error =
+        static_cast<double>(*std::max_element(errors.begin(), errors.end()));
+    USER_CHECK(
+        std::isfinite(staged.largest_rounding_error),
+        "{}: the tensor \"{}\" holds a value beyond the range of BF16.",
+        weight.file,
+        weight.name
+    );
+    staged.data = std::move(rounded);
+    w.data = staged.data.data();
+    w.format = WeightFormat::kBF16;
+}
+
+void quantize_matrix(ThreadPool& threads, const StoredWeight& weight, StagedWeight& staged) {
+    QuantizedMatrix& w = staged.matrix;
+    constexpr int32_t kGroup = 32;
+    USER_CHECK(
+        w.cols % kGroup == 0,
+        "{}: the tensor \"{}\" has {} columns, no multiple of {}, and cannot become INT4.",
+        weight.file,
+        weight.name,
+        w.cols,
+        kGroup
+    );
+    std::vector<std::byte> words(static_cast<size_t>(w.rows * w.cols / 2));
+    std::vector<bf16> scales(static_cast<size_t>(w.rows * w.cols / kGroup));
+    auto* out = reinterpret_cast<uint32_t*>(words.data());
+    threads.parallel_for(w.rows, 16, [&](int64_t begin, int64_t end, int) {
+        std::vector<float> values(static_cast<size_t>(w.cols));
+        for (int64_t row = begin; row < end; ++row) {
+            decode_f32(w, row, 0, w.cols, values.data());
+            encode_int4(
+                values.data(),
+                w.cols,
+                kGroup,
+                out + row * w.cols / 8,
+                scales.data() + row * w.cols / kGroup
+            );
+        }
+    });
+    staged.data = std::move(words);
+    staged.scales = std::move(scales);
+    w.format = WeightFormat::kInt4;
+    w.group_size = kGroup;
+    w.data = staged.data.data();
+    w.scales = staged.scales.data();
+}
+
+// Scales in F16 or F32 are kept when bf16 holds them exactly; rounding them would change weights.
+void convert_scales(const StoredWeight& weight, StagedWeight& staged) {
+    QuantizedMatrix scales;
+    scales.format = weight.scale_format;
+    scales.rows = 1;
+    scales.cols = weight.shape[0] * weight.shape[1] / weight.group_size;
+    scales.data = weight.scales.data();
+    std::vector<float> values(static_cast<size_t>(scales.cols));
+    decode_f32(scales, 0, 0, scales.cols, values.data());
+    staged.scales.resize(values.size());
+    for (size_t i = 0; i < values.size(); ++i) {
+        staged.scales[i] = to_bf16(values[i]);
+        USER_CHECK(
+            to_float(staged.scales[i]) == values[i],
+            "{}: the scales of \"{}\" are {} and one of them, {}, is no BF16 number; only scales "
+            "that BF16 holds exactly are supported.",
+            weight.file,
+            weight.name,
+            format_name(weight.scale_format),
+            values[i]
+        );
+    }
+    staged.matrix.scales = staged.scales.data();
+}
+
+}  // namespace
+
+QuantizedMatrix stored_matrix(const StoredWeight& weight) {
+    CHECK(weight.shape.size() == 1 || weight.shape.size() == 2);
+    QuantizedMatrix w;
+    w.format = weight.format;
+    w.rows = weight.shape.size() == 2 ? weight.shape[0] : 1;
+    w.cols = weight.shape.back();
+    w.group_size = weight.group_size;
+    w.data = weight.data.data();
+    if (weight.format == WeightFormat::kInt4 && weight.scale_format == WeightFormat::kBF16) {
+        w.scales = reinterpret_cast<const bf16*>(weight.scales.data());
+    }
+    CHECK_EQ(weight.data.size(), static_cast<size_t>(w.rows * row_bytes(w.format, w.cols)));
+    return w;
+}
+
+void check_finite(ThreadPool& threads, const StoredWeight& weight) {
+    std::atomic<bool> found{false};
+    const auto scan = [&](WeightFormat format, std::span<const std::byte> bytes, int64_t count) {
+        constexpr int64_t kChunk = 1 << 16;  // a multiple of every block
+        threads.parallel_for((count + kChunk - 1) / kChunk, 1, [&](int64_t a, int64_t b, int) {
+            for (int64_t chunk = a; chunk < b; ++chunk) {
+                const int64_t first = chunk * kChunk;
+                const std::byte* from = bytes.data() + row_bytes(format, first);
+                if (holds_non_finite(format, from, std::min(kChunk, count - first))) {
+                    found = true;
+                }
+            }
+        });
+    };
+    scan(weight.format, weight.data, weight.numel());
+    if (weight.format == WeightFormat::kInt4) {
+        scan(weight.scale_format, weight.scales, weight.numel() / weight.group_size);
+    }
+    USER_CHECK(
+        !found,
+        "{}: the tensor \"{}\" holds a NaN or an infinity; the file is damaged or the training "
+        "that made it diverged.",
+        weight.file,
+        weight.name
+    );
+}
+
+StagedWeight stage_matrix(
+    ThreadPool& threads, const StoredWeight& weight, const StagingOptions& options
+) {
+    check_finite(threads, weight);
+    StagedWeight staged;
+    staged.matrix = stored_matrix(weight);
+    if (weight.interleaved_heads > 0) {
+        restore_row_order(staged, weight.interleaved_heads);
+    }
+    const bool wide = weight.format == WeightFormat::kF16 || weight.format == WeightFormat::kF32;
+    if (weight.format == WeightFormat::kInt4) {
+        if (weight.scale_format != WeightFormat::kBF16) {
+            convert_scales(weight, staged);
+        }
+    } else if (options.quantize_int4 && (wide || weight.format == WeightFormat::kBF16)) {
+        quantize_matrix(threads, weight, staged);
+    } else if (wide && options.keep_f32) {
+        if (weight.format == WeightFormat::kF16) {
+            widen_to_f32(threads, staged);
+        }
+    } else if (wide) {
+        round_matrix(threads, weight, staged);
+    }
+    return staged;
+}
+
+std::vector<float> stage_vector(const StoredWeight& weight) {
+    ThreadPool alone(1);
+    check_finite(alone, weight);
+    const QuantizedMatrix w = stored_matrix(weight);
+    std::vector<float> values(static_cast<size_t>(w.cols));
+    decode_f32(w, 0, 0, w.cols, values.data());
+    return values;
+}
+
+}  // namespace orbit
