@@ -44,21 +44,45 @@ Group make_group(const AttentionItem<T>& item, int64_t row, int64_t end_row) {
 
 // to[i][lane] = from[row of lane][i]
 template <typename T>
-void load_rows(const Group& g, const T* from, int64_t d, float* to) {
+void load_rows(const Group& g, const T* from, int32_t d, float* to) {
+    const int32_t whole = d / kNativeLanes * kNativeLanes;
+    for (int32_t part = 0; part < kLanes; part += kNativeLanes) {
+        for (int32_t i = 0; i < whole; i += kNativeLanes) {
+            NativeFloat square[kNativeLanes];
+            for (int32_t r = 0; r < kNativeLanes; ++r) {
+                square[r] = load_native(from + g.at[part + r] * d + i);
+            }
+            transpose(square);
+            for (int32_t r = 0; r < kNativeLanes; ++r) {
+                store_native(to + (i + r) * kLanes + part, square[r]);
+            }
+        }
+    }
     for (int32_t lane = 0; lane < kLanes; ++lane) {
-        const T* row = from + g.at[lane] * d;
-        for (int64_t i = 0; i < d; ++i) {
-            to[i * kLanes + lane] = to_float(row[i]);
+        for (int32_t i = whole; i < d; ++i) {
+            to[i * kLanes + lane] = to_float(from[g.at[lane] * d + i]);
         }
     }
 }
 
 template <typename T>
-void store_rows(const Group& g, const float* from, int64_t d, T* to) {
+void store_rows(const Group& g, const float* from, int32_t d, T* to) {
+    const int32_t whole = d / kNativeLanes * kNativeLanes;
+    for (int32_t part = 0; part < g.count; part += kNativeLanes) {
+        for (int32_t i = 0; i < whole; i += kNativeLanes) {
+            NativeFloat square[kNativeLanes];
+            for (int32_t r = 0; r < kNativeLanes; ++r) {
+                square[r] = load_native(from + (i + r) * kLanes + part);
+            }
+            transpose(square);
+            for (int32_t r = 0; r < kNativeLanes && part + r < g.count; ++r) {
+                store_native(to + g.at[part + r] * d + i, square[r]);
+            }
+        }
+    }
     for (int32_t lane = 0; lane < g.count; ++lane) {
-        T* row = to + g.at[lane] * d;
-        for (int64_t i = 0; i < d; ++i) {
-            orbit::store(row + i, from[i * kLanes + lane]);
+        for (int32_t i = whole; i < d; ++i) {
+            orbit::store(to + g.at[lane] * d + i, from[i * kLanes + lane]);
         }
     }
 }
@@ -81,15 +105,19 @@ ORBIT_LANES void dot_block(const float* rows, const float* keys, int32_t d, floa
     }
 }
 
+// May read and write up to kBlock rows more than asked for: the workspace has them, nobody looks.
 ORBIT_LANES void dots_of(
     const float* rows, const float* keys, int32_t d, int64_t count, float* out
 ) {
-    int64_t j = 0;
-    for (; j + kBlock <= count; j += kBlock) {
-        dot_block<kBlock>(rows, keys + j * d, d, out + j * kLanes);
-    }
-    for (; j < count; ++j) {
-        dot_block<1>(rows, keys + j * d, d, out + j * kLanes);
+    constexpr int kSmall = kBlock >= 4 ? kBlock / 4 : 1;
+    for (int64_t j = 0; j < count;) {
+        if (count - j <= kSmall) {
+            dot_block<kSmall>(rows, keys + j * d, d, out + j * kLanes);
+            j += kSmall;
+        } else {
+            dot_block<kBlock>(rows, keys + j * d, d, out + j * kLanes);
+            j += kBlock;
+        }
     }
 }
 
@@ -145,7 +173,33 @@ ORBIT_LANES void weigh_of(
     }
 }
 
+// The same sums for one row, with channels in the lanes: cheaper when few rows share them.
+ORBIT_LANES void weigh_row(
+    int32_t limit, const float* weights, const float* values, int32_t d, float* sums
+) {
+    for (int32_t c = 0; c < d; c += kLanes) {
+        Lanes sum = splat(0.0f);
+        for (int32_t j = 0; j < limit; ++j) {
+            sum =
+                fused(splat(weights[int64_t{j} * kLanes]), load(values + int64_t{j} * d + c), sum);
+        }
+        float channel[kLanes];
+        store(channel, sum);
+        for (int32_t i = 0; i < kLanes; ++i) {
+            sums[(c + i) * kLanes] = channel[i];
+        }
+    }
+}
+
+constexpr int32_t kFewRows = 4;
+
 void weigh(const Group& g, const float* weights, const float* values, int32_t d, float* sums) {
+    if (g.count <= kFewRows && d % kLanes == 0) {
+        for (int32_t lane = 0; lane < g.count; ++lane) {
+            weigh_row(g.limit[lane], weights + lane, values, d, sums + lane);
+        }
+        return;
+    }
     if (d == 64) {
         weigh_of(g, weights, values, 64, sums);
     } else if (d == 128) {
@@ -244,7 +298,7 @@ void convert(const T* from, int64_t count, float* to) {
 template <typename T>
 void load_pages(const AttentionItem<T>& item, int64_t keys, float* workspace) {
     const int64_t d = item.d;
-    float* values = workspace + keys * d;
+    float* values = workspace + (keys + kAttentionPadding) * d;
     for (int64_t j = 0; j < keys; j += kPageTokens) {
         const int64_t page = item.pages[j / kPageTokens];
         const int64_t count = keys - j < kPageTokens ? keys - j : int64_t{kPageTokens};
@@ -258,9 +312,10 @@ template <typename T>
 void attend(
     const AttentionItem<T>& item, int64_t begin, int64_t end, int64_t keys, float* workspace
 ) {
-    const float* values = workspace + keys * item.d;
-    float* scores = workspace + 2 * keys * item.d;
-    float* work = scores + keys * kLanes;
+    const int64_t padded = keys + kAttentionPadding;
+    const float* values = workspace + padded * item.d;
+    float* scores = workspace + 2 * padded * item.d;
+    float* work = scores + padded * kLanes;
     const int64_t share = item.heads / item.kv_heads;
     for (int64_t row = begin * share; row < end * share; row += kLanes) {
         const Group g = make_group(item, row, end * share);
@@ -284,7 +339,8 @@ struct Backward {
     float* o_lanes;   // [d, lanes]
 };
 
-Backward lay_out(float* workspace, int64_t keys, int64_t d) {
+Backward lay_out(float* workspace, int64_t capacity, int64_t d) {
+    const int64_t keys = capacity + kAttentionPadding;
     float* at = workspace;
     const auto take = [&at](int64_t count) {
         float* taken = at;

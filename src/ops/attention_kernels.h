@@ -7,6 +7,9 @@ namespace orbit {
 // Rows that share the lanes of a kernel: (token, query head of one KV head), token by token.
 constexpr int32_t kAttentionLanes = 16;
 
+// Rows of keys, values and scores that kernels may touch beyond the last one.
+constexpr int64_t kAttentionPadding = 16;
+
 // One sequence and one KV head; T is the compute type.
 template <typename T>
 struct AttentionItem {
@@ -35,11 +38,11 @@ struct AttentionItem {
 
 // Float32 working memory of one thread, in floats. `keys`: the longest sequence.
 inline int64_t attention_workspace(int64_t keys, int64_t d) {
-    return keys * (2 * d + kAttentionLanes) + 4 * kAttentionLanes * d + 256;
+    return (keys + kAttentionPadding) * (2 * d + kAttentionLanes) + 2 * kAttentionLanes * d;
 }
 
 inline int64_t attention_backward_workspace(int64_t keys, int64_t d) {
-    return keys * (4 * d + 2 * kAttentionLanes) + 8 * kAttentionLanes * d + 256;
+    return (keys + kAttentionPadding) * (4 * d + 2 * kAttentionLanes) + 6 * kAttentionLanes * d;
 }
 
 // Converts the keys and values at positions [0, keys) of an item into `workspace`, from the pages.

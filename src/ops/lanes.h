@@ -47,29 +47,25 @@ ORBIT_LANES Lanes splat(float value) {
     return r;
 }
 
-ORBIT_LANES Lanes load(const float* from) {
-    Lanes r;
-    for (int i = 0; i < kParts; ++i) {
-        __builtin_memcpy(&r.part[i], from + i * kNativeLanes, sizeof(NativeFloat));
-    }
+ORBIT_LANES NativeFloat load_native(const float* from) {
+    NativeFloat r;
+    __builtin_memcpy(&r, from, sizeof(NativeFloat));
     return r;
 }
 
-ORBIT_LANES Lanes load(const bf16* from) {
-    Lanes r;
-    for (int i = 0; i < kParts; ++i) {
-        NativeHalf half;
-        __builtin_memcpy(&half, from + i * kNativeLanes, sizeof(NativeHalf));
-        r.part[i] =
-            __builtin_bit_cast(NativeFloat, __builtin_convertvector(half, NativeWord) << 16);
-    }
-    return r;
+ORBIT_LANES NativeFloat load_native(const bf16* from) {
+    NativeHalf half;
+    __builtin_memcpy(&half, from, sizeof(NativeHalf));
+    return __builtin_bit_cast(NativeFloat, __builtin_convertvector(half, NativeWord) << 16);
 }
 
-ORBIT_LANES void store(float* to, const Lanes& value) {
+template <typename T>
+ORBIT_LANES Lanes load(const T* from) {
+    Lanes r;
     for (int i = 0; i < kParts; ++i) {
-        __builtin_memcpy(to + i * kNativeLanes, &value.part[i], sizeof(NativeFloat));
+        r.part[i] = load_native(from + i * kNativeLanes);
     }
+    return r;
 }
 
 // The bits of bf16 values, rounded as to_bf16 does.
@@ -80,10 +76,19 @@ ORBIT_LANES NativeWord bf16_words(NativeFloat value) {
     return (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
 }
 
-ORBIT_LANES void store(bf16* to, const Lanes& value) {
+ORBIT_LANES void store_native(float* to, NativeFloat value) {
+    __builtin_memcpy(to, &value, sizeof(NativeFloat));
+}
+
+ORBIT_LANES void store_native(bf16* to, NativeFloat value) {
+    const NativeHalf half = __builtin_convertvector(bf16_words(value), NativeHalf);
+    __builtin_memcpy(to, &half, sizeof(NativeHalf));
+}
+
+template <typename T>
+ORBIT_LANES void store(T* to, const Lanes& value) {
     for (int i = 0; i < kParts; ++i) {
-        const NativeHalf half = __builtin_convertvector(bf16_words(value.part[i]), NativeHalf);
-        __builtin_memcpy(to + i * kNativeLanes, &half, sizeof(NativeHalf));
+        store_native(to + i * kNativeLanes, value.part[i]);
     }
 }
 
@@ -166,6 +171,27 @@ ORBIT_LANES Lanes choose(const LaneMask& mask, const Lanes& yes, const Lanes& no
         r.part[i] = mask.part[i] ? yes.part[i] : no.part[i];
     }
     return r;
+}
+
+// Rows and columns of a square of native registers change places.
+ORBIT_LANES void transpose(NativeFloat (&row)[kNativeLanes]) {
+    NativeInt low;
+    NativeInt high;
+    for (int i = 0; i < kNativeLanes; ++i) {
+        low[i] = i / 2 + (i % 2) * kNativeLanes;
+        high[i] = low[i] + kNativeLanes / 2;
+    }
+    // Each round interleaves the first half of the rows with the second.
+    for (int round = 1; round < kNativeLanes; round *= 2) {
+        NativeFloat next[kNativeLanes];
+        for (int i = 0; i < kNativeLanes / 2; ++i) {
+            next[2 * i] = __builtin_shuffle(row[i], row[i + kNativeLanes / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(row[i], row[i + kNativeLanes / 2], high);
+        }
+        for (int i = 0; i < kNativeLanes; ++i) {
+            row[i] = next[i];
+        }
+    }
 }
 
 // The fixed tree of the lane sums: distance 8, 4, 2, 1.

@@ -71,30 +71,96 @@ RowStats merge(const RowStats& a, const RowStats& b) {
     return r;
 }
 
-// -log E with E = -log(1 - u) an exponential variate. 1 - u rounded is w; the error of that
-// rounding is taken back by the factor u / (1 - w) (1 - w is exact or nearly so), so that E keeps
-// its full relative precision for u near 0, where races are won.
-ORBIT_LANES float gumbel_from_word(uint32_t word) {
-    const float u = uniform_from_word(word);
-    const float w = 1.0f - u;
-    const float gap = 1.0f - w;
-    const float e = w == 1.0f ? u : -exact_log(w) * (u / (w == 1.0f ? 1.0f : gap));
-    return -exact_log(e);
+constexpr int kCounters = 16;
+constexpr int kRaceBlock = 4 * kCounters;
+
+constexpr int kWideLanes = kNativeLanes / 2;
+using NativeWide [[gnu::vector_size(kWideLanes * 8)]] = uint64_t;
+using NativeNarrow [[gnu::vector_size(kWideLanes * 4)]] = uint32_t;
+
+// Products of the low halves of 64-bit lanes.
+ORBIT_LANES NativeWide wide_product(NativeWide a, uint64_t b) {
+    const NativeWide factor = b + NativeWide{};
+#if defined(ORBIT_AVX512)
+    return __builtin_bit_cast(
+        NativeWide,
+        _mm512_maskz_mul_epu32(
+            0xff, __builtin_bit_cast(__m512i, a), __builtin_bit_cast(__m512i, factor)
+        )
+    );
+#elif defined(ORBIT_AVX2)
+    return __builtin_bit_cast(
+        NativeWide,
+        _mm256_mul_epu32(__builtin_bit_cast(__m256i, a), __builtin_bit_cast(__m256i, factor))
+    );
+#else
+    return __builtin_bit_cast(
+        NativeWide,
+        _mm_mul_epu32(__builtin_bit_cast(__m128i, a), __builtin_bit_cast(__m128i, factor))
+    );
+#endif
 }
 
-// Philox words of counters (first + i, ...), i < 16.
-ORBIT_LANES void gumbels(const DrawKey& key, uint32_t first, float* out) {
-    for (uint32_t i = 0; i < 16; ++i) {
-        const PhiloxWords words = philox(
-            first + i, key.position, key.request_low, key.request_high, key.seed_low, key.seed_high
-        );
-        for (uint32_t lane = 0; lane < 4; ++lane) {
-            out[i * 4 + lane] = gumbel_from_word(words.word[lane]);
+// base/philox.h for counters (first + i, ...) side by side, one in each 64-bit lane (whose high
+// half holds rubbish).
+ORBIT_LANES void philox_lanes(const DrawKey& key, uint32_t first, uint32_t* words) {
+    NativeWide c0;
+    for (int i = 0; i < kWideLanes; ++i) {
+        c0[i] = first + static_cast<uint32_t>(i);
+    }
+    NativeWide c1 = key.position + NativeWide{};
+    NativeWide c2 = key.request_low + NativeWide{};
+    NativeWide c3 = key.request_high + NativeWide{};
+    uint32_t k0 = key.seed_low;
+    uint32_t k1 = key.seed_high;
+    for (int round = 0; round < 10; ++round) {
+        const NativeWide p0 = wide_product(c0, 0xD2511F53u);
+        const NativeWide p1 = wide_product(c2, 0xCD9E8D57u);
+        c0 = (p1 >> 32) ^ c1 ^ uint64_t { k0 };
+        c2 = (p0 >> 32) ^ c3 ^ uint64_t { k1 };
+        c1 = p1;
+        c3 = p0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    const NativeNarrow narrow[4] = {
+        __builtin_convertvector(c0, NativeNarrow),
+        __builtin_convertvector(c1, NativeNarrow),
+        __builtin_convertvector(c2, NativeNarrow),
+        __builtin_convertvector(c3, NativeNarrow)};
+    for (int i = 0; i < kWideLanes; ++i) {
+        for (int k = 0; k < 4; ++k) {
+            words[4 * i + k] = narrow[k][i];
         }
     }
 }
 
-constexpr int64_t kRaceBlock = 64;
+// -log E of ids [4 * first, 4 * first + 64).
+//
+// -log E with E = -log(1 - u) an exponential variate. w is 1 - u rounded; the factor u / (1 - w)
+// takes the error of that rounding back, because log(w) / (1 - w) hardly changes over it (Kahan's
+// log1p). So E keeps its full relative precision for u near 0, where races are won. For u below
+// 2^-24 the largest w below 1 serves: that is 3e-8 off.
+void gumbels(const DrawKey& key, uint32_t first, float* out) {
+    constexpr float kBelowOne = 0.99999994f;
+    uint32_t words[kRaceBlock];
+    for (int i = 0; i < kCounters; i += kWideLanes) {
+        philox_lanes(key, first + static_cast<uint32_t>(i), words + 4 * i);
+    }
+    // Apart from the logarithms, because the compiler does not vectorise a clamp followed by them.
+    float u[kRaceBlock];
+    float w[kRaceBlock];
+    for (int i = 0; i < kRaceBlock; ++i) {
+        u[i] = uniform_from_word(words[i]);
+        const float rounded = 1.0f - u[i];
+        w[i] = rounded < kBelowOne ? rounded : kBelowOne;
+    }
+    for (int i = 0; i < kRaceBlock; ++i) {
+        const float e = -exact_log(w[i]) * (u[i] / (1.0f - w[i]));
+        out[i] = -exact_log(e);
+    }
+}
+
 // No -log E is above this (u = 2^-33).
 constexpr float kLargestGumbel = 22.9f;
 
@@ -157,9 +223,14 @@ int32_t race_row(const float* z, int64_t count, const DrawKey& key) {
         gumbels(key, static_cast<uint32_t>(from >> 2), score);
         const int64_t size = count - from < kRaceBlock ? count - from : kRaceBlock;
         for (int64_t i = 0; i < size; ++i) {
-            const float value = z[from + i] + score[i];
-            if (value > best || (value == best && from + i < winner)) {
-                best = value;
+            score[i] += z[from + i];
+        }
+        if (largest_of(score, size) < best) {
+            return;
+        }
+        for (int64_t i = 0; i < size; ++i) {
+            if (score[i] > best || (score[i] == best && from + i < winner)) {
+                best = score[i];
                 winner = from + i;
             }
         }
