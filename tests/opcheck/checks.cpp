@@ -12,7 +12,7 @@ namespace orbit::opcheck {
 namespace {
 
 constexpr int64_t kSampledCoordinates = 48;  // per input, in grad
-constexpr double kPerfSeconds = 0.25;
+constexpr double kPerfSeconds = 0.15;
 
 using Bytes = std::vector<uint8_t>;
 using Rows = std::vector<int64_t>;
@@ -122,19 +122,25 @@ class Instance {
 
     std::vector<Bytes> outputs() { return download(out_); }
 
-    std::vector<Bytes> gradients(const std::vector<std::vector<float>>& d_outputs) {
-        Tensors d_out;
+    // Uploads d(outputs) and zeroes d(inputs).
+    void prepare_backward(const std::vector<std::vector<float>>& d_outputs) {
         for (size_t i = 0; i < d_outputs.size(); ++i) {
             const Bytes bytes = encode(out_[i].dtype, d_outputs[i]);
-            d_out.push_back(allocate(out_[i].dtype, case_->outputs[i].shape));
-            copy_to_device(*stream_, d_out.back().data, bytes.data(), bytes.size());
+            d_out_.push_back(allocate(out_[i].dtype, case_->outputs[i].shape));
+            copy_to_device(*stream_, d_out_.back().data, bytes.data(), bytes.size());
         }
-        Tensors d_in;
         for (const auto& in : case_->inputs) {
-            d_in.push_back(in.grad ? allocate(in.grad_dtype, in.shape) : Tensor{});
+            d_in_.push_back(in.grad ? allocate(in.grad_dtype, in.shape) : Tensor{});
         }
-        case_->backward(*stream_, in_, d_out, d_in);
-        return download(d_in);
+        synchronize(*stream_);
+    }
+
+    void run_backward() { case_->backward(*stream_, in_, d_out_, d_in_); }
+
+    std::vector<Bytes> gradients(const std::vector<std::vector<float>>& d_outputs) {
+        prepare_backward(d_outputs);
+        run_backward();
+        return download(d_in_);
     }
 
   private:
@@ -162,6 +168,8 @@ class Instance {
     Arena arena_;
     Tensors in_;
     Tensors out_;
+    Tensors d_in_;
+    Tensors d_out_;
 };
 
 Values input_values(const Case& c) {
@@ -244,6 +252,24 @@ std::string check_rows(
         want.push_back(c.outputs[o].per_row ? pick_rows(full[o], num_rows, rows) : got[o]);
     }
     return first_difference(c, got, want, what);
+}
+
+// Once to warm up, then for a while.
+double median_seconds(Stream& stream, const std::function<void()>& body) {
+    using Clock = std::chrono::steady_clock;
+    body();
+    synchronize(stream);
+    std::vector<double> times;
+    const auto started = Clock::now();
+    while (times.size() < 5 ||
+           std::chrono::duration<double>(Clock::now() - started).count() < kPerfSeconds) {
+        const auto before = Clock::now();
+        body();
+        synchronize(stream);
+        times.push_back(std::chrono::duration<double>(Clock::now() - before).count());
+    }
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2];
 }
 
 }  // namespace
@@ -373,30 +399,23 @@ Verdict check_determinism(const Case& c, Stream& stream) {
 }
 
 Verdict measure(const Case& c, Stream& stream) {
-    using Clock = std::chrono::steady_clock;
     Instance instance(c, stream);
-    instance.run();
-    synchronize(stream);
-    std::vector<double> times;
-    const auto started = Clock::now();
-    while (times.size() < 5 ||
-           std::chrono::duration<double>(Clock::now() - started).count() < kPerfSeconds) {
-        const auto before = Clock::now();
-        instance.run();
-        synchronize(stream);
-        times.push_back(std::chrono::duration<double>(Clock::now() - before).count());
+    const double forward = median_seconds(stream, [&] { instance.run(); });
+    std::string detail = fmt::format(
+        "{:9.1f} us {:7.1f} GFLOP/s {:6.1f} GB/s",
+        forward * 1e6,
+        c.flops / forward * 1e-9,
+        c.bytes / forward * 1e-9
+    );
+    if (c.backward) {
+        instance.prepare_backward(random_cotangents(c));
+        const double backward = median_seconds(stream, [&] { instance.run_backward(); });
+        detail += fmt::format("; backward {:9.1f} us", backward * 1e6);
+        if (c.backward_flops > 0) {
+            detail += fmt::format(" {:7.1f} GFLOP/s", c.backward_flops / backward * 1e-9);
+        }
     }
-    std::sort(times.begin(), times.end());
-    const double median = times[times.size() / 2];
-    return {
-        true,
-        fmt::format(
-            "{:9.1f} us (best {:.1f})  {:7.1f} GFLOP/s  {:6.1f} GB/s",
-            median * 1e6,
-            times[0] * 1e6,
-            c.flops / median * 1e-9,
-            c.bytes / median * 1e-9
-        )};
+    return {true, detail};
 }
 
 }  // namespace orbit::opcheck

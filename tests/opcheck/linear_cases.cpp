@@ -155,7 +155,8 @@ void add_adapter_inputs(const Shape& s, Random& random, Case& c) {
 void set_costs(const Shape& s, const TestWeight& w, Case& c) {
     const auto macs = static_cast<double>(s.rows) * static_cast<double>(s.in * s.out);
     const int64_t activations = s.rows * (s.in + s.out) * dtype_bytes(s.compute);
-    c.flops = 2 * macs;
+    c.flops = 2 * macs;  // adapters not counted: they should be nearly free
+    c.backward_flops = 2 * macs;
     c.bytes =
         static_cast<double>(static_cast<int64_t>(w.data.size() + w.scales.size()) + activations);
 }

@@ -62,8 +62,9 @@ struct Case {
     double forward_tolerance = 1e-5;
     // Largest allowed ||got - want|| / ||want|| of a gradient, over the sampled coordinates.
     double grad_tolerance = 1e-3;
-    double flops = 0;        // of one run, for perf
-    double bytes = 0;        // that one run has to move
+    double flops = 0;  // of one run, for perf
+    double bytes = 0;  // that one run has to move
+    double backward_flops = 0;
     bool perf_only = false;  // too large for the reference
     // Fills in large inputs just before the case runs; they are dropped after it.
     std::function<void(Case&)> prepare;
