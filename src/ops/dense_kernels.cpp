@@ -18,16 +18,21 @@ namespace {
 #if defined(ORBIT_AVX512)
 constexpr int kLanes = 16;
 constexpr int kTileRows = 6;
+constexpr int kTallRows = 12;  // of panels up to kTallWidth wide
 constexpr int kTileVectors = 4;
 #elif defined(ORBIT_AVX2)
 constexpr int kLanes = 8;
 constexpr int kTileRows = 6;
+constexpr int kTallRows = 6;
 constexpr int kTileVectors = 2;
 #else
 constexpr int kLanes = 4;
 constexpr int kTileRows = 2;
+constexpr int kTallRows = 2;
 constexpr int kTileVectors = 4;
 #endif
+
+constexpr int64_t kTallWidth = 2 * kLanes;
 
 using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
 
@@ -145,10 +150,11 @@ void run_pair_columns(const Tile& tile, int64_t width) {
             return run_pair_tile<kRows, 1>(tile);
         case 2:
             return run_pair_tile<kRows, 2>(tile);
-        case 3:
-            return run_pair_tile<kRows, 3>(tile);
-        default:
-            return run_pair_tile<kRows, 4>(tile);
+    }
+    if constexpr (kRows <= kTileRows) {
+        return width <= 3 * kLanes ? run_pair_tile<kRows, 3>(tile) : run_pair_tile<kRows, 4>(tile);
+    } else {
+        CHECK(false, "(tall tiles are for narrow panels)");
     }
 }
 
@@ -174,7 +180,9 @@ template <int kRows>
 void run_rows(const Tile& tile, int64_t rows, int64_t width, bool pairs) {
     if constexpr (kRows > 1) {
         if (rows < kRows) {
-            return run_rows<kRows - 1>(tile, rows, width, pairs);
+            // From the tall tile straight to the plain ones.
+            constexpr int kNext = kRows > kTileRows ? kTileRows : kRows - 1;
+            return run_rows<kNext>(tile, rows, width, pairs);
         }
     }
     if (pairs) {
@@ -182,6 +190,16 @@ void run_rows(const Tile& tile, int64_t rows, int64_t width, bool pairs) {
     } else {
         run_float_columns<kRows>(tile, width);
     }
+}
+
+// Narrow panels have room for more rows in registers, and need them to hide the latency.
+int64_t tile_rows(int64_t rows, int64_t width, bool pairs) {
+    const bool tall = pairs && width <= kTallWidth && rows >= kTallRows;
+    return std::min<int64_t>(rows, tall ? kTallRows : kTileRows);
+}
+
+void run_tile(const Tile& tile, int64_t rows, int64_t width, bool pairs) {
+    run_rows<kTallRows>(tile, rows, width, pairs);
 }
 
 int64_t element_bytes(const Product& p) {
@@ -284,25 +302,26 @@ void run_chunk(
 ) {
     const int64_t depth = std::min(m.chunk, main.depth - k0);
     const bool last = k0 + depth == main.depth;
-    for (int64_t r = 0; r < item.rows; r += kTileRows) {
-        const int64_t rows = std::min<int64_t>(kTileRows, item.rows - r);
+    for (int64_t r = 0; r < item.rows;) {
+        const int64_t rows = tile_rows(item.rows - r, item.width, main.pairs);
         float* tile_sums = sums + r * kPanelWidth;
         const Tile tile = {
             x_at(main, item.row + r, k0), main.ldx, cells, depth, tile_sums, k0 == 0};
-        run_rows<kTileRows>(tile, rows, item.width, main.pairs);
+        run_tile(tile, rows, item.width, main.pairs);
+        r += rows;
         if (!last) {
             continue;
         }
-        float low_rank[kTileRows * kPanelWidth];
+        float low_rank[kTallRows * kPanelWidth];
         const Product& p = m.low_rank;
+        const int64_t row = item.row + r - rows;
         if (p.defined()) {
-            const Tile second = {
-                x_at(p, item.row + r, 0), p.ldx, low_rank_cells, p.depth, low_rank, true};
-            run_rows<kTileRows>(second, rows, item.width, p.pairs);
+            const Tile second = {x_at(p, row, 0), p.ldx, low_rank_cells, p.depth, low_rank, true};
+            run_tile(second, rows, item.width, p.pairs);
         }
         const Finish finish = {
             &m,
-            item.row + r,
+            row,
             rows,
             item.block * m.width + item.n0,
             item.width,

@@ -37,11 +37,18 @@ inline void decode_int4(
 ) {
     const char* words = weight_row(w, row, w.cols / 2);
     const bf16* scales = w.scales + row * (w.cols / w.group_size);
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t column = begin + i;
-        const int byte = static_cast<uint8_t>(words[column / 2]);
-        const int q = ((column % 2 == 0 ? byte : byte >> 4) & 15) - 8;
-        out[i] = round_to_bf16(static_cast<float>(q) * to_float(scales[column / w.group_size]));
+    // Runs inside one scale group, so that the loop over nibbles has nothing to look up.
+    for (int64_t i = 0; i < count;) {
+        const int64_t group = (begin + i) / w.group_size;
+        const float scale = to_float(scales[group]);
+        const char* bytes = words + (begin + i) / 2;
+        const int64_t run = std::min(count - i, (group + 1) * w.group_size - begin - i);
+        for (int64_t j = 0; j < run / 2; ++j) {
+            const int byte = static_cast<uint8_t>(bytes[j]);
+            out[i + 2 * j] = static_cast<float>((byte & 15) - 8) * scale;
+            out[i + 2 * j + 1] = static_cast<float>((byte >> 4) - 8) * scale;
+        }
+        i += run;
     }
 }
 
@@ -97,7 +104,8 @@ inline void decode_row(
             break;
         case WeightFormat::kInt4:
             decode_int4(w, row, begin, count, out);
-            return;
+            exact = false;  // the check mode rounds INT4 products too
+            break;
         default:
             decode_blocks(w, row, begin, count, out);
             break;
@@ -117,31 +125,45 @@ inline uint32_t pair_cell(float even, float odd) {
     return bf16_bits(even) | (bf16_bits(odd) << 16);
 }
 
-constexpr int64_t kDecodeRun = 64;  // values decoded at a time
+constexpr int64_t kDecodeRun = 64;  // columns decoded at a time
+constexpr int64_t kDecodeRows = 8;  // rows decoded at a time
+
+// from [8 rows][kDecodeRun] to columns [0, 8) of `count` panel rows.
+inline void transpose_rows(const float* from, int64_t count, bool pairs, uint32_t* cells) {
+    if (pairs) {
+        for (int64_t k = 0; k < count; k += 2) {
+            for (int64_t i = 0; i < kDecodeRows; ++i) {
+                const float* pair = from + i * kDecodeRun + k;
+                cells[k / 2 * kPanelWidth + i] = pair_cell(pair[0], pair[1]);
+            }
+        }
+        return;
+    }
+    for (int64_t k = 0; k < count; ++k) {
+        for (int64_t i = 0; i < kDecodeRows; ++i) {
+            cells[k * kPanelWidth + i] = float_bits(from[i * kDecodeRun + k]);
+        }
+    }
+}
 
 // Contraction over w's columns: panel column j is w's row n0 + j.
 inline void pack_forward_plain(
     const Product& p, int64_t n0, int64_t width, int64_t k0, int64_t depth, uint32_t* cells
 ) {
-    float run[kDecodeRun + 1];
-    for (int64_t j = 0; j < kPanelWidth; ++j) {
+    // Pairs come with even depths only, so a pair never reaches past the decoded columns.
+    float rows[kDecodeRows * kDecodeRun];
+    for (int64_t j = 0; j < kPanelWidth; j += kDecodeRows) {
         for (int64_t k = 0; k < depth; k += kDecodeRun) {
             const int64_t count = std::min(kDecodeRun, depth - k);
-            if (j < width) {
-                decode_row(p.w, n0 + j, k0 + k, count, p.exact_values, run);
-            } else {
-                std::fill(run, run + count, 0.0f);
-            }
-            run[count] = 0.0f;
-            if (p.pairs) {
-                for (int64_t i = 0; i < count; i += 2) {
-                    cells[(k + i) / 2 * kPanelWidth + j] = pair_cell(run[i], run[i + 1]);
-                }
-            } else {
-                for (int64_t i = 0; i < count; ++i) {
-                    cells[(k + i) * kPanelWidth + j] = float_bits(run[i]);
+            for (int64_t i = 0; i < kDecodeRows; ++i) {
+                float* row = rows + i * kDecodeRun;
+                if (j + i < width) {
+                    decode_row(p.w, n0 + j + i, k0 + k, count, p.exact_values, row);
+                } else {
+                    std::fill_n(row, count, 0.0f);
                 }
             }
+            transpose_rows(rows, count, p.pairs, cells + k / (p.pairs ? 2 : 1) * kPanelWidth + j);
         }
     }
 }
