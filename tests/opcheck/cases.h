@@ -6,5 +6,12 @@
 namespace orbit::opcheck {
 
 void add_linear_cases(CaseList& cases);
+void add_attention_cases(CaseList& cases);
+void add_norm_cases(CaseList& cases);
+void add_rope_cases(CaseList& cases);
+void add_activation_cases(CaseList& cases);
+void add_logprob_cases(CaseList& cases);
+void add_embed_cases(CaseList& cases);
+void add_optimizer_cases(CaseList& cases);
 
 }  // namespace orbit::opcheck

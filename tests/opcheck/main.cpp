@@ -14,6 +14,13 @@ namespace {
 // One line per file of cases.
 constexpr void (*kRegistrations[])(CaseList&) = {
     add_linear_cases,
+    add_attention_cases,
+    add_norm_cases,
+    add_rope_cases,
+    add_activation_cases,
+    add_logprob_cases,
+    add_embed_cases,
+    add_optimizer_cases,
 };
 
 struct Options {

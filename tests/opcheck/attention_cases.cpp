@@ -1,0 +1,320 @@
+// attention and its backward. A row of a case is one whole sequence. The last output counts the
+// values that come out with other bits when the same sequences are fed in chunks, or token by
+// token.
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "opcheck/cases.h"
+#include "ops/attention.h"
+
+namespace orbit::opcheck {
+namespace {
+
+struct Shape {
+    int64_t sequences;
+    int64_t length;
+    int64_t heads;
+    int64_t kv_heads;
+    int64_t d;
+    DType compute;
+};
+
+enum : size_t { kQ, kK, kV };
+
+template <typename T>
+T* upload(Stream& stream, const std::vector<T>& values) {
+    const size_t bytes = values.size() * sizeof(T);
+    T* at = static_cast<T*>(stream.scratch.take_bytes(bytes));
+    copy_to_device(stream, at, values.data(), bytes);
+    return at;
+}
+
+float scale_of(const Shape& s) {
+    return 1.0f / std::sqrt(static_cast<float>(s.d));
+}
+
+// A pool of pages for the sequences, handed out in descending order.
+struct Pages {
+    KvView kv;
+    const int32_t* table;
+    int32_t max_blocks;
+};
+
+Pages make_pages(Stream& stream, const Shape& s, int64_t sequences) {
+    Pages pages{};
+    pages.max_blocks = static_cast<int32_t>((s.length + kPageTokens - 1) / kPageTokens);
+    const int64_t count = sequences * pages.max_blocks;
+    pages.kv.k_pages = stream.scratch.take(s.compute, {count, s.kv_heads, kPageTokens, s.d});
+    pages.kv.v_pages = stream.scratch.take(s.compute, {count, s.kv_heads, kPageTokens, s.d});
+    std::vector<int32_t> table;
+    for (int64_t i = count; i > 0; --i) {
+        table.push_back(static_cast<int32_t>(i - 1));
+    }
+    pages.table = upload(stream, table);
+    return pages;
+}
+
+// Tokens [begin, end) of every sequence, as one batch.
+AttentionParams params_of(
+    Stream& stream,
+    const Shape& s,
+    const Pages& pages,
+    int64_t sequences,
+    int64_t begin,
+    int64_t end
+) {
+    std::vector<int32_t> first;
+    std::vector<int32_t> position;
+    std::vector<int32_t> sequence_of;
+    std::vector<int32_t> positions;
+    for (int64_t i = 0; i < sequences; ++i) {
+        first.push_back(static_cast<int32_t>(i * (end - begin)));
+        position.push_back(static_cast<int32_t>(begin));
+        for (int64_t t = begin; t < end; ++t) {
+            sequence_of.push_back(static_cast<int32_t>(i));
+            positions.push_back(static_cast<int32_t>(t));
+        }
+    }
+    first.push_back(static_cast<int32_t>(sequences * (end - begin)));
+    AttentionParams p;
+    p.kv = pages.kv;
+    p.scale = scale_of(s);
+    p.batch.num_tokens = first.back();
+    p.batch.num_sequences = static_cast<int32_t>(sequences);
+    p.batch.max_blocks = pages.max_blocks;
+    p.batch.max_positions = static_cast<int32_t>(end);
+    p.batch.positions = upload(stream, positions);
+    p.batch.sequence_of = upload(stream, sequence_of);
+    p.batch.sequence_begin = upload(stream, first);
+    p.batch.sequence_position = upload(stream, position);
+    p.batch.block_table = pages.table;
+    return p;
+}
+
+Tensor flat(const Tensor& x) {
+    return x.reshaped({x.shape[0] * x.shape[1], x.shape[2], x.shape[3]});
+}
+
+AttentionParams whole_batch(Stream& stream, const Shape& s, const Tensors& in) {
+    const int64_t sequences = in[kQ].shape[0];
+    const Pages pages = make_pages(stream, s, sequences);
+    AttentionParams p = params_of(stream, s, pages, sequences, 0, s.length);
+    p.q = flat(in[kQ]);
+    p.k = flat(in[kK]);
+    p.v = flat(in[kV]);
+    return p;
+}
+
+std::vector<uint8_t> bytes_of(Stream& stream, const Tensor& x) {
+    std::vector<uint8_t> bytes(static_cast<size_t>(x.bytes()));
+    copy_to_host(stream, bytes.data(), x.data, bytes.size());
+    return bytes;
+}
+
+// Tokens [begin, end) of every sequence of x, packed.
+Tensor packed(Stream& stream, const Tensor& x, int64_t begin, int64_t end) {
+    const int64_t token = x.shape[2] * x.shape[3] * dtype_bytes(x.dtype);
+    const Tensor y =
+        stream.scratch.take(x.dtype, {x.shape[0] * (end - begin), x.shape[2], x.shape[3]});
+    for (int64_t i = 0; i < x.shape[0]; ++i) {
+        copy_on_device(
+            stream,
+            static_cast<char*>(y.data) + i * (end - begin) * token,
+            static_cast<const char*>(x.data) + (i * x.shape[1] + begin) * token,
+            static_cast<size_t>((end - begin) * token)
+        );
+    }
+    return y;
+}
+
+// Values of o that differ in any bit when the sequences are fed `chunk` tokens at a time.
+int64_t differing(
+    Stream& stream, const Shape& s, const Tensors& in, const Tensor& o, int64_t chunk
+) {
+    const ScratchScope scope(stream.scratch);
+    const int64_t sequences = in[kQ].shape[0];
+    const Pages pages = make_pages(stream, s, sequences);
+    int64_t count = 0;
+    for (int64_t begin = 0; begin < s.length; begin += chunk) {
+        const int64_t end = std::min(begin + chunk, s.length);
+        AttentionParams p = params_of(stream, s, pages, sequences, begin, end);
+        p.q = packed(stream, in[kQ], begin, end);
+        p.k = packed(stream, in[kK], begin, end);
+        p.v = packed(stream, in[kV], begin, end);
+        const Tensor part = packed(stream, o, begin, end);
+        const std::vector<uint8_t> want = bytes_of(stream, part);
+        attention(stream, p, part, nullptr);
+        const std::vector<uint8_t> got = bytes_of(stream, part);
+        for (size_t i = 0; i < want.size(); ++i) {
+            count += got[i] != want[i] ? 1 : 0;
+        }
+    }
+    return count;
+}
+
+void run(Stream& stream, const Shape& s, const Tensors& in, const Tensors& out) {
+    const ScratchScope scope(stream.scratch);
+    attention(stream, whole_batch(stream, s, in), flat(out[0]), out[1].as<float>());
+    int64_t count = 0;
+    for (const int64_t chunk : {int64_t{1}, int64_t{16}, int64_t{7}}) {
+        count += differing(stream, s, in, out[0], chunk);
+    }
+    const auto result = static_cast<float>(count);
+    copy_to_device(stream, out[2].data, &result, sizeof(result));
+    synchronize(stream);
+}
+
+void backward(
+    Stream& stream, const Shape& s, const Tensors& in, const Tensors& d_out, const Tensors& d_in
+) {
+    const ScratchScope scope(stream.scratch);
+    const AttentionParams p = whole_batch(stream, s, in);
+    const Tensor o = stream.scratch.take(s.compute, {p.q.shape[0], s.heads, s.d});
+    const Tensor lse = stream.scratch.take(DType::kF32, {p.q.shape[0], s.heads});
+    attention(stream, p, o, lse.as<float>());
+    attention_backward(
+        stream,
+        p,
+        o,
+        lse.as<float>(),
+        flat(d_out[0]),
+        flat(d_in[kQ]),
+        flat(d_in[kK]),
+        flat(d_in[kV])
+    );
+    synchronize(stream);
+}
+
+// One row of the reference: o at `to`, returns the log-sum-exp.
+double reference_row(
+    const Shape& s, const Values& in, size_t q_at, size_t kv_at, size_t keys, double* to
+) {
+    const auto d = static_cast<size_t>(s.d);
+    const size_t stride = d * static_cast<size_t>(s.kv_heads);
+    std::vector<double> scores(keys);
+    double largest = -1e300;
+    for (size_t j = 0; j < keys; ++j) {
+        double dot = 0;
+        for (size_t i = 0; i < d; ++i) {
+            dot += in[kQ][q_at + i] * in[kK][kv_at + j * stride + i];
+        }
+        scores[j] = dot * static_cast<double>(scale_of(s));
+        largest = std::max(largest, scores[j]);
+    }
+    double total = 0;
+    for (double& score : scores) {
+        score = std::exp(score - largest);
+        total += score;
+    }
+    for (size_t j = 0; j < keys; ++j) {
+        for (size_t i = 0; i < d; ++i) {
+            to[i] += scores[j] / total * in[kV][kv_at + j * stride + i];
+        }
+    }
+    return largest + std::log(total);
+}
+
+Values reference(const Shape& s, const Values& in) {
+    const auto d = static_cast<size_t>(s.d);
+    const auto heads = static_cast<size_t>(s.heads);
+    const auto kv_heads = static_cast<size_t>(s.kv_heads);
+    const auto length = static_cast<size_t>(s.length);
+    std::vector<double> o(in[kQ].size());
+    std::vector<double> lse(o.size() / d);
+    for (size_t row = 0; row < lse.size(); ++row) {
+        const size_t sequence = row / heads / length;
+        const size_t position = row / heads % length;
+        const size_t kv_head = row % heads / (heads / kv_heads);
+        const size_t kv_at = (sequence * length * kv_heads + kv_head) * d;
+        lse[row] = reference_row(s, in, row * d, kv_at, position + 1, &o[row * d]);
+    }
+    return {o, lse, {0.0}};
+}
+
+std::vector<Input> inputs_of(const Shape& s, Random& random) {
+    const int64_t q = s.sequences * s.length * s.heads * s.d;
+    const int64_t kv = s.sequences * s.length * s.kv_heads * s.d;
+    return {
+        per_row(
+            input("q", s.compute, {s.sequences, s.length, s.heads, s.d}, random.normals(q, 1.5f))
+        ),
+        per_row(input("k", s.compute, {s.sequences, s.length, s.kv_heads, s.d}, random.normals(kv))
+        ),
+        per_row(input("v", s.compute, {s.sequences, s.length, s.kv_heads, s.d}, random.normals(kv))
+        ),
+    };
+}
+
+std::string name_of(const Shape& s) {
+    return fmt::format(
+        "{}x{} h{} kv{} d{}{}",
+        s.sequences,
+        s.length,
+        s.heads,
+        s.kv_heads,
+        s.d,
+        s.compute == DType::kF32 ? " (f32)" : ""
+    );
+}
+
+void add_case(CaseList& cases, const Shape& s) {
+    Random random(cases.size() + 1);
+    const bool f32 = s.compute == DType::kF32;
+    Case c;
+    c.op = "attention";
+    c.name = name_of(s);
+    c.inputs = inputs_of(s, random);
+    c.outputs = {
+        {"o", s.compute, {s.sequences, s.length, s.heads, s.d}, true},
+        {"lse", DType::kF32, {s.sequences, s.length, s.heads}, true},
+        {"values with other bits in chunks", DType::kF32, {1}, false},
+    };
+    c.run = [s](Stream& stream, const Tensors& in, const Tensors& out) { run(stream, s, in, out); };
+    c.reference = [s](const Values& in) { return reference(s, in); };
+    c.forward_tolerance = f32 ? 1e-5 : 1e-2;
+    cases.push_back(c);
+}
+
+// Gradients: a case of its own whose only output is o, because nothing flows back through lse.
+void add_grad_case(CaseList& cases, const Shape& s) {
+    Random random(cases.size() + 1);
+    Case c;
+    c.op = "attention_grad";
+    c.name = name_of(s);
+    for (const Input& in : inputs_of(s, random)) {
+        c.inputs.push_back(with_grad(in, s.compute));
+    }
+    c.outputs = {{"o", s.compute, {s.sequences, s.length, s.heads, s.d}, true}};
+    c.run = [s](Stream& stream, const Tensors& in, const Tensors& out) {
+        const ScratchScope scope(stream.scratch);
+        attention(stream, whole_batch(stream, s, in), flat(out[0]), nullptr);
+        synchronize(stream);
+    };
+    c.backward = [s](Stream& stream, const Tensors& in, const Tensors& d_out, const Tensors& d_in) {
+        backward(stream, s, in, d_out, d_in);
+    };
+    c.reference = [s](const Values& in) { return Values{reference(s, in)[0]}; };
+    c.forward_tolerance = s.compute == DType::kF32 ? 1e-5 : 1e-2;
+    c.grad_tolerance = s.compute == DType::kF32 ? 1e-4 : 2e-2;
+    cases.push_back(c);
+}
+
+}  // namespace
+
+void add_attention_cases(CaseList& cases) {
+    for (const DType compute : {DType::kBF16, DType::kF32}) {
+        add_case(cases, {3, 37, 4, 2, 64, compute});
+        add_case(cases, {2, 150, 9, 3, 64, compute});
+        add_case(cases, {2, 33, 2, 2, 128, compute});
+        add_case(cases, {3, 20, 6, 1, 16, compute});
+        add_case(cases, {2, 18, 2, 1, 20, compute});
+        add_case(cases, {1, 1, 8, 1, 32, compute});
+        add_grad_case(cases, {2, 19, 4, 2, 64, compute});
+        add_grad_case(cases, {2, 21, 3, 1, 20, compute});
+        add_grad_case(cases, {1, 40, 2, 2, 32, compute});
+    }
+}
+
+}  // namespace orbit::opcheck
