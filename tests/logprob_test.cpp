@@ -122,6 +122,16 @@ TEST_F(Head, RaceNumbersMatchTheCheckVector) {
     }
 }
 
+TEST_F(Head, RowStatsHaveTheSameBitsOnEveryInstructionSet) {
+    const std::vector<float> z = random_logits(5, 3000, 9.0f);
+    const RowStats want = isa_reference::row_stats(z.data(), 3000);
+    const RowStats got =
+        ORBIT_CALL_KERNEL(device_.isa, row_stats, (z.data(), static_cast<int64_t>(z.size())));
+    EXPECT_EQ(got.largest, want.largest);
+    EXPECT_EQ(got.sum, want.sum);
+    EXPECT_EQ(got.weighted, want.weighted);
+}
+
 // Kept ids by a plain reading of the rules, in float64 with a full sort.
 std::vector<bool> plain_filter(const std::vector<float>& z, const SamplingFilter& f) {
     const size_t count = z.size();

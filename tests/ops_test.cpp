@@ -7,7 +7,6 @@
 
 #include "ops/activation.h"
 #include "ops/attention.h"
-#include "ops/embed.h"
 #include "ops/norm.h"
 #include "ops/optimizer.h"
 #include "ops/rope.h"
@@ -69,6 +68,49 @@ TEST(GlobalNorm, MatchesFloat64AndReportsNonFinite) {
         g[static_cast<size_t>(count / 2)] = std::nanf("");
         EXPECT_FALSE(std::isfinite(global_norm(stream, g.data(), count)));
     }
+}
+
+// These ops use no fused multiply-add and no libm, so every instruction set gives the same bits.
+TEST(SmallOps, EveryInstructionSetGivesTheSameBits) {
+    constexpr int64_t kRows = 5;
+    constexpr int64_t kHeads = 3;
+    constexpr int64_t kHeadDim = 48;
+    constexpr int64_t kWidth = kHeads * kHeadDim;
+    constexpr int64_t kCount = kRows * kWidth;
+    const auto results = [&](CpuIsa isa) {
+        const Device device = make_device("cpu", isa_name(isa), 2);
+        Stream stream(device);
+        std::vector<float> x = random_values(1, kCount);
+        std::vector<float> other = random_values(2, kCount);
+        std::vector<float> weight = random_values(3, kWidth);
+        std::vector<float> table = random_values(4, kRows * kHeadDim / 2);
+        std::vector<int32_t> positions = {0, 1, 2, 3, 4};
+        std::vector<float> normed(kCount), rotated(kCount), gated(kCount), dx(kCount);
+        const auto flat = [&](std::vector<float>& v) { return floats(v, {kRows, kWidth}); };
+        rms_norm(stream, flat(x), weight.data(), 1e-5f, flat(normed));
+        rms_norm_backward(stream, flat(x), weight.data(), 1e-5f, flat(other), flat(dx), true);
+        swiglu(stream, flat(x), flat(other), flat(gated));
+        NormRopeParams p;
+        p.x = floats(x, {kRows, kHeads, kHeadDim});
+        p.norm_weight = weight.data();
+        p.rope = {table.data(), table.data(), kHeadDim, kRows, false};
+        p.positions = positions.data();
+        norm_rope(stream, p, floats(rotated, {kRows, kHeads, kHeadDim}));
+        std::vector<float> all = normed;
+        for (const auto* part : {&rotated, &gated, &dx}) {
+            all.insert(all.end(), part->begin(), part->end());
+        }
+        return all;
+    };
+    const std::vector<float> want = results(CpuIsa::kReference);
+    for (const CpuIsa isa : {CpuIsa::kAvx2, CpuIsa::kAvx512}) {
+        if (isa <= best_cpu_isa()) {
+            EXPECT_EQ(results(isa), want) << isa_name(isa);
+        }
+    }
+    std::vector<float> changed = want;
+    changed[7] = std::nextafter(changed[7], 2.0f);
+    EXPECT_NE(changed, want);
 }
 
 // A batch of sequences with its page table, and everything attention needs, in float32.

@@ -21,6 +21,7 @@ constexpr int kBlock = kNativeLanes == 16 ? 16 : (kNativeLanes == 8 ? 4 : 2);
 struct Group {
     int32_t limit[kLanes];  // keys that the row sees
     int64_t at[kLanes];     // (token * heads + head) of the row
+    int64_t ahead;          // rows from here to the same lane of the next group
     int32_t count;
     int32_t least;  // smallest and largest limit
     int32_t most;
@@ -31,20 +32,57 @@ Group make_group(const AttentionItem<T>& item, int64_t row, int64_t end_row) {
     const int64_t share = item.heads / item.kv_heads;
     Group g{};
     g.count = static_cast<int32_t>(end_row - row < kLanes ? end_row - row : kLanes);
+    int64_t token = row / share;
+    int64_t head = row % share;
     for (int32_t lane = 0; lane < kLanes; ++lane) {
-        const int64_t r = row + (lane < g.count ? lane : g.count - 1);
-        const int64_t token = r / share;
         g.limit[lane] = static_cast<int32_t>(item.position + token + 1);
-        g.at[lane] = token * item.heads + item.kv_head * share + r % share;
+        g.at[lane] = token * item.heads + item.kv_head * share + head;
+        if (lane + 1 < g.count && ++head == share) {
+            head = 0;
+            ++token;
+        }
     }
+    g.ahead = kLanes / share * item.heads;
     g.least = g.limit[0];
     g.most = g.limit[kLanes - 1];
     return g;
 }
 
+// Channels [0, 2 kNativeLanes) of bf16 rows, transposed as pairs and then taken apart.
+ORBIT_LANES void load_pairs(const int64_t* at, const bf16* from, int32_t d, float* to) {
+    NativeFloat square[kNativeLanes];
+    for (int32_t r = 0; r < kNativeLanes; ++r) {
+        __builtin_memcpy(&square[r], from + at[r] * d, sizeof(NativeFloat));
+    }
+    transpose(square);
+    for (int32_t r = 0; r < kNativeLanes; ++r) {
+        const NativeWord pair = __builtin_bit_cast(NativeWord, square[r]);
+        store_native(to + 2 * r * kLanes, __builtin_bit_cast(NativeFloat, pair << 16));
+        store_native(
+            to + (2 * r + 1) * kLanes, __builtin_bit_cast(NativeFloat, pair & 0xffff0000u)
+        );
+    }
+}
+
+ORBIT_LANES void load_pairs(const int64_t*, const float*, int32_t, float*) {}
+
 // to[i][lane] = from[row of lane][i]
 template <typename T>
 void load_rows(const Group& g, const T* from, int32_t d, float* to) {
+    constexpr int32_t kPerCacheLine = 64 / sizeof(T);
+    for (int32_t lane = 0; lane < kLanes; ++lane) {
+        for (int32_t i = 0; i < d; i += kPerCacheLine) {
+            __builtin_prefetch(from + (g.at[lane] + g.ahead) * d + i);
+        }
+    }
+    if (sizeof(T) == 2 && d % (2 * kNativeLanes) == 0) {
+        for (int32_t part = 0; part < kLanes; part += kNativeLanes) {
+            for (int32_t i = 0; i < d; i += 2 * kNativeLanes) {
+                load_pairs(g.at + part, from + i, d, to + i * kLanes + part);
+            }
+        }
+        return;
+    }
     const int32_t whole = d / kNativeLanes * kNativeLanes;
     for (int32_t part = 0; part < kLanes; part += kNativeLanes) {
         for (int32_t i = 0; i < whole; i += kNativeLanes) {
