@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# ./run gpu-test. On a machine with an NVIDIA GPU: runs every check that needs one and ends with "N passed, N failed".
+# On a machine without: builds for sm_90a and packs what the other machine needs (binaries, their libraries, models)
+# into .carry/gpu, for a GPU machine that has no compiler or packages; there, run this script again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+carry=.carry/gpu
+models=("models/mini-qwen3-int4")
+if [[ -n "${ORBIT_MODELS:-}" ]]; then
+    models+=("$ORBIT_MODELS/mini-qwen3" "$ORBIT_MODELS/mini-llama" "$ORBIT_MODELS/packed/mini-qwen3-int4")
+fi
+
+pack() {
+    ./run cuda
+    rm -rf "$carry"
+    mkdir -p "$carry/lib" "$carry/models"
+    cp build-cuda/orbit build-cuda/opcheck "$carry/"
+    strip "$carry/orbit" "$carry/opcheck"
+    # All shared libraries but the C and C++ run time, which the other machine has in a newer version.
+    ldd build-cuda/orbit build-cuda/opcheck | awk '/=> \// { print $3 }' | sort -u |
+        grep -vE '/(libc|libm|libstdc\+\+|libgcc_s|libpthread|libdl|librt|ld-linux[^/]*)\.so' | xargs -r cp -L -t "$carry/lib"
+    local model
+    for model in "${models[@]:1}"; do
+        cp -r "$model" "$carry/models/$(echo "${model#"$ORBIT_MODELS"/}" | tr / -)"
+    done
+    du -sh "$carry"
+}
+
+passed=0
+failed=0
+
+check() { # NAME COMMAND...
+    local name=$1 status=0 started=$SECONDS
+    shift
+    echo "== $name"
+    "$@" || status=$?
+    if [[ $status == 0 ]]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+    echo "-- $name: $([[ $status == 0 ]] && echo ok || echo "FAILED ($status)") in $((SECONDS - started)) s"
+}
+
+# Differences to the reference on the GPU: at most 1.5 times those of the CPU in the same precision.
+verify_beside_cpu() {
+    local orbit=$1 model=$2 cpu limits
+    cpu=$("$orbit" verify "$model" --reference "$model" --device cpu | tail -n 1)
+    echo "cpu: $cpu"
+    limits=$(echo "$cpu" | awk -F'[ ,]+' '{ print $4 * 1.5, ($NF > 0 ? $NF * 1.5 : 1) }')
+    "$orbit" verify "$model" --reference "$model" --device cuda:0 --tolerance "${limits% *}" \
+        --gradient-tolerance "${limits#* }"
+}
+
+# The same run twice, and once killed and resumed: equal files.
+same_bits() {
+    local orbit=$1 folder
+    folder=$(mktemp -d)
+    local train=("$orbit" train examples/demo/run.toml --set device=cuda:0 --set train.steps=6 --set checkpoint.every=2
+        --set eval.max_questions=64)
+    "${train[@]}" --run "$folder/a" 2>/dev/null
+    "${train[@]}" --run "$folder/b" 2>/dev/null
+    "${train[@]}" --run "$folder/c" 2>/dev/null &
+    local pid=$!
+    while [[ ! -s "$folder/c/metrics.jsonl" ]] || [[ $(wc -l <"$folder/c/metrics.jsonl") -lt 3 ]]; do sleep 0.05; done
+    kill -9 $pid
+    wait $pid 2>/dev/null || true
+    "$orbit" resume "$folder/c" 2>/dev/null
+    local other
+    for other in b c; do
+        cmp "$folder/a/adapter/adapter_model.safetensors" "$folder/$other/adapter/adapter_model.safetensors"
+        cmp "$folder/a/rollouts.jsonl" "$folder/$other/rollouts.jsonl"
+    done
+    rm -rf "$folder"
+}
+
+demo() {
+    local folder
+    folder=$(mktemp -d)
+    "$1" train examples/demo/run.toml --set device=cuda:0 --run "$folder/run"
+    python3 - "$folder/run/summary.json" <<'PY'
+import json, sys
+s = json.load(open(sys.argv[1]))
+print(s)
+sys.exit(0 if s["accuracy_after"] >= 0.88 and s["parity_mismatches"] == 0 else 1)
+PY
+    rm -rf "$folder"
+}
+
+run_checks() {
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+    local bin=build-cuda
+    if [[ -d "$carry" ]]; then
+        bin=$carry
+        export LD_LIBRARY_PATH="$PWD/$carry/lib:${LD_LIBRARY_PATH:-}"
+        models=("models/mini-qwen3-int4" "$carry"/models/*)
+    else
+        ./run cuda
+    fi
+    check "opcheck" "$bin/opcheck" --device cuda:0
+    local model
+    for model in "${models[@]}"; do
+        [[ -d "$model" ]] || continue
+        check "parity $(basename "$model")" "$bin/orbit" parity "$model" --device cuda:0
+        check "verify $(basename "$model")" verify_beside_cpu "$bin/orbit" "$model"
+    done
+    check "demo on the GPU" demo "$bin/orbit"
+    check "equal bits: repeated, killed and resumed" same_bits "$bin/orbit"
+    printf '%d passed, %d failed\n' "$passed" "$failed"
+    [[ $failed == 0 ]]
+}
+
+if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+    run_checks
+else
+    pack
+fi
