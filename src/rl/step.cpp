@@ -272,7 +272,7 @@ void report_rewards(StepReport& report) {
                 sum += t.score.value;
                 squares += t.score.value * t.score.value;
                 for (const auto& part : t.score.parts) {
-                    parts["reward/" + part.name] += part.value;
+                    parts["reward/part/" + part.name] += part.value;
                 }
             }
         }
