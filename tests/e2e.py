@@ -436,6 +436,15 @@ def test_quantize_writes_the_published_layout(folder):
     expect_user_error(orbit("quantize", MODEL, folder / "twice", "--format", "int4"), "already", "twice")
 
 
+def test_tiny_models(_):
+    for family in ("qwen2", "llama"):  # biases and an untied head; llama3 rope scaling and three heads
+        path = ROOT / f"tests/models/tiny-{family}"
+        result = orbit("verify", path, "--reference", path, "--activations", "f32")
+        print("   ", family, result.out.strip().splitlines()[-1] if result.out else result.err)
+        expect_ok(result, family)
+        expect_ok(orbit("parity", path, "--texts", 8, "--longest", 64), f"parity of {family}")
+
+
 def test_reference_models(_):
     if not MODELS:
         return "skipped"
