@@ -1,6 +1,8 @@
 #include "device/device.h"
 
 #include <fmt/core.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -25,6 +27,15 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512bf16");
 }
 
+// The kernel gives a process the AMX state only when it asks; once is enough, and asking again is
+// harmless.
+bool has_amx() {
+    constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+    constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
 }  // namespace
 
 const char* isa_name(CpuIsa isa) {
@@ -44,7 +55,7 @@ const char* isa_name(CpuIsa isa) {
 CpuIsa best_cpu_isa() {
     __builtin_cpu_init();
     if (has_avx512()) {
-        return CpuIsa::kAvx512;
+        return has_amx() ? CpuIsa::kAmx : CpuIsa::kAvx512;
     }
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? CpuIsa::kAvx2
                                                                            : CpuIsa::kReference;

@@ -73,11 +73,13 @@ void plan_matmul(Matmul& m, int64_t num_threads) {
             std::min(block, std::max(kRowBlockMin, round_up(m.rows, num_threads) / num_threads));
     }
     const int64_t row_blocks = std::max<int64_t>(1, (m.rows + block - 1) / block);
-    m.row_block = round_up((m.rows + row_blocks - 1) / row_blocks, 12);
+    const int64_t tile = m.amx ? isa_amx::kTileRowsMax : 12;
+    m.row_block = round_up((m.rows + row_blocks - 1) / row_blocks, tile);
     m.chunk = std::min(round_up(m.main.depth, 64), m.rows <= kFewRows ? kChunkFewRows : kChunk);
     m.num_items = (m.rows + m.row_block - 1) / m.row_block * columns;
-    m.workspace_bytes = (m.row_block + m.chunk + m.low_rank.depth) * kPanelWidth *
-                        static_cast<int64_t>(sizeof(float));
+    const int64_t cells = (m.row_block + kSumsPadding + m.chunk + m.low_rank.depth) * kPanelWidth;
+    const int64_t padding = 16 * std::max(m.chunk, m.low_rank.depth) * 2;
+    m.workspace_bytes = cells * static_cast<int64_t>(sizeof(float)) + padding;
 }
 
 void run_matmul(Stream& stream, Matmul& m) {
@@ -86,6 +88,7 @@ void run_matmul(Stream& stream, Matmul& m) {
     }
     const ScratchScope scope(stream.scratch);
     const int64_t num_threads = stream.threads().num_threads();
+    m.amx = stream.device.isa == CpuIsa::kAmx;
     plan_matmul(m, num_threads);
     const int64_t bytes = round_up(m.workspace_bytes, 256);
     auto* workspace =

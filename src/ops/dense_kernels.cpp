@@ -55,18 +55,9 @@ inline void multiply_add(Lanes& sum, const Lanes& x, const Lanes& w) {
 #endif
 }
 
-struct Tile {
-    const void* x;
-    int64_t ldx;
-    const uint32_t* cells;
-    int64_t depth;
-    float* sums;  // [rows][kPanelWidth]
-    bool first;   // start at zero, not at `sums`
-};
-
 // kRows rows by the kTileVectors vectors of columns at `column`.
 template <int kRows>
-void run_float_tile(const Tile& tile, int64_t column) {
+void run_float_tile(const PanelTile& tile, int64_t column) {
     Lanes sum[kRows][kTileVectors] = {};
     if (!tile.first) {
         for (int r = 0; r < kRows; ++r) {
@@ -100,7 +91,7 @@ void run_float_tile(const Tile& tile, int64_t column) {
 }
 
 template <int kRows>
-void run_float_columns(const Tile& tile, int64_t width) {
+void run_float_columns(const PanelTile& tile, int64_t width) {
     for (int64_t column = 0; column < width; column += kTileVectors * kLanes) {
         run_float_tile<kRows>(tile, column);
     }
@@ -108,7 +99,7 @@ void run_float_columns(const Tile& tile, int64_t width) {
 
 #if defined(ORBIT_AVX512)
 template <int kRows, int kVectors>
-void run_pair_tile(const Tile& tile) {
+void run_pair_tile(const PanelTile& tile) {
     __m512 sum[kRows][kVectors];
     for (int r = 0; r < kRows; ++r) {
         for (int v = 0; v < kVectors; ++v) {
@@ -144,7 +135,7 @@ void run_pair_tile(const Tile& tile) {
 }
 
 template <int kRows>
-void run_pair_columns(const Tile& tile, int64_t width) {
+void run_pair_columns(const PanelTile& tile, int64_t width) {
     switch ((width + kLanes - 1) / kLanes) {
         case 1:
             return run_pair_tile<kRows, 1>(tile);
@@ -171,13 +162,13 @@ void pack(const Product& p, int64_t n0, int64_t width, int64_t k0, int64_t depth
 }
 
 template <int kRows>
-void run_pair_columns(const Tile&, int64_t) {
+void run_pair_columns(const PanelTile&, int64_t) {
     CHECK(false, "(the pair instructions are AVX-512's)");
 }
 #endif
 
 template <int kRows>
-void run_rows(const Tile& tile, int64_t rows, int64_t width, bool pairs) {
+void run_rows(const PanelTile& tile, int64_t rows, int64_t width, bool pairs) {
     if constexpr (kRows > 1) {
         if (rows < kRows) {
             // From the tall tile straight to the plain ones.
@@ -198,8 +189,26 @@ int64_t tile_rows(int64_t rows, int64_t width, bool pairs) {
     return std::min<int64_t>(rows, tall ? kTallRows : kTileRows);
 }
 
-void run_tile(const Tile& tile, int64_t rows, int64_t width, bool pairs) {
-    run_rows<kTallRows>(tile, rows, width, pairs);
+// Rows of a matmul's tile: as many as fit the registers.
+int64_t step_rows(const Matmul& m, int64_t rows, int64_t width) {
+    return m.amx && m.main.pairs ? std::min(rows, isa_amx::kTileRowsMax)
+                                 : tile_rows(rows, width, m.main.pairs);
+}
+
+void run_tile(
+    const PanelTile& tile, int64_t rows, int64_t width, bool pairs, bool amx, char* padding
+) {
+    if (pairs && amx) {
+        return isa_amx::multiply_tile(tile, rows, width, padding);
+    }
+    for (int64_t r = 0; r < rows;) {
+        const int64_t count = tile_rows(rows - r, width, pairs);
+        PanelTile part = tile;
+        part.x = static_cast<const char*>(tile.x) + r * tile.ldx * (pairs ? 2 : 4);
+        part.sums = tile.sums + r * kPanelWidth;
+        run_rows<kTallRows>(part, count, width, pairs);
+        r += count;
+    }
 }
 
 int64_t element_bytes(const Product& p) {
@@ -290,34 +299,37 @@ Product block_of(const Product& p, int64_t block) {
     return one;
 }
 
+// One thread's memory.
+struct Workspace {
+    float* sums;               // [row_block + 32][kPanelWidth]
+    uint32_t* cells;           // of one chunk
+    uint32_t* low_rank_cells;  // of the whole low-rank product
+    char* padding;             // [16, chunk or the low rank] bf16
+};
+
 // The rows of one item over one packed chunk; finishes them when the chunk is the last.
 void run_chunk(
-    const Matmul& m,
-    const Item& item,
-    const Product& main,
-    int64_t k0,
-    const uint32_t* cells,
-    const uint32_t* low_rank_cells,
-    float* sums
+    const Matmul& m, const Item& item, const Product& main, int64_t k0, const Workspace& workspace
 ) {
     const int64_t depth = std::min(m.chunk, main.depth - k0);
     const bool last = k0 + depth == main.depth;
     for (int64_t r = 0; r < item.rows;) {
-        const int64_t rows = tile_rows(item.rows - r, item.width, main.pairs);
-        float* tile_sums = sums + r * kPanelWidth;
-        const Tile tile = {
-            x_at(main, item.row + r, k0), main.ldx, cells, depth, tile_sums, k0 == 0};
-        run_tile(tile, rows, item.width, main.pairs);
+        const int64_t rows = step_rows(m, item.rows - r, item.width);
+        float* tile_sums = workspace.sums + r * kPanelWidth;
+        const PanelTile tile = {
+            x_at(main, item.row + r, k0), main.ldx, workspace.cells, depth, tile_sums, k0 == 0};
+        run_tile(tile, rows, item.width, main.pairs, m.amx, workspace.padding);
         r += rows;
         if (!last) {
             continue;
         }
-        float low_rank[kTallRows * kPanelWidth];
+        float low_rank[isa_amx::kTileRowsMax * kPanelWidth];
         const Product& p = m.low_rank;
         const int64_t row = item.row + r - rows;
         if (p.defined()) {
-            const Tile second = {x_at(p, row, 0), p.ldx, low_rank_cells, p.depth, low_rank, true};
-            run_tile(second, rows, item.width, p.pairs);
+            const PanelTile second = {
+                x_at(p, row, 0), p.ldx, workspace.low_rank_cells, p.depth, low_rank, true};
+            run_tile(second, rows, item.width, p.pairs, m.amx, workspace.padding);
         }
         const Finish finish = {
             &m,
@@ -337,20 +349,32 @@ void run_chunk(
 
 }  // namespace
 
-void matmul_items(const Matmul& m, int64_t begin, int64_t end, void* workspace) {
-    auto* sums = static_cast<float*>(workspace);
-    auto* cells = reinterpret_cast<uint32_t*>(sums + m.row_block * kPanelWidth);
-    uint32_t* low_rank_cells = cells + m.chunk * kPanelWidth;
+void matmul_items(const Matmul& m, int64_t begin, int64_t end, void* memory) {
+    Workspace workspace;
+    workspace.sums = static_cast<float*>(memory);
+    workspace.cells =
+        reinterpret_cast<uint32_t*>(workspace.sums + (m.row_block + kSumsPadding) * kPanelWidth);
+    workspace.low_rank_cells = workspace.cells + m.chunk * kPanelWidth;
+    workspace.padding =
+        reinterpret_cast<char*>(workspace.low_rank_cells + m.low_rank.depth * kPanelWidth);
+    if (m.amx) {
+        isa_amx::begin_tiles();
+    }
     for (int64_t index = begin; index < end; ++index) {
         const Item item = item_at(m, index);
         const Product main = block_of(m.main, item.block);
         if (m.low_rank.defined()) {
-            pack(m.low_rank, item.n0, item.width, 0, m.low_rank.depth, low_rank_cells);
+            pack(m.low_rank, item.n0, item.width, 0, m.low_rank.depth, workspace.low_rank_cells);
         }
         for (int64_t k0 = 0; k0 < main.depth; k0 += m.chunk) {
-            pack(main, item.n0, item.width, k0, std::min(m.chunk, main.depth - k0), cells);
-            run_chunk(m, item, main, k0, cells, low_rank_cells, sums);
+            pack(
+                main, item.n0, item.width, k0, std::min(m.chunk, main.depth - k0), workspace.cells
+            );
+            run_chunk(m, item, main, k0, workspace);
         }
+    }
+    if (m.amx) {
+        isa_amx::end_tiles();
     }
 }
 

@@ -13,7 +13,8 @@
 
 namespace orbit {
 
-constexpr int64_t kPanelWidth = 64;  // output columns of one packed panel of the weight
+constexpr int64_t kSumsPadding = 32;  // rows past a row block that a tile may write
+constexpr int64_t kPanelWidth = 64;   // output columns of one packed panel of the weight
 
 // x W^T (contracting w's columns), or x W (contracting its rows) when transposed.
 struct Product {
@@ -45,6 +46,7 @@ struct Matmul {
     int64_t ldy = 0;
     bool y_bf16 = false;
     bool accumulate = false;
+    bool amx = false;  // products with `pairs` run on AMX tiles
 
     // The plan: work items are (row block, block, panel), panels innermost. See plan_matmul.
     int64_t panels = 0;     // per block
@@ -73,6 +75,25 @@ constexpr int64_t kOuterTile = 8;  // rows of `out` in one work item
 inline int64_t outer_tiles(const OuterSum& o) {
     return (o.a_width + kOuterTile - 1) / kOuterTile;
 }
+
+// One register tile's work: rows of x down one packed panel.
+struct PanelTile {
+    const void* x;
+    int64_t ldx;
+    const uint32_t* cells;
+    int64_t depth;
+    float* sums;  // [rows][kPanelWidth]
+    bool first;   // start at zero, not at `sums`
+};
+
+namespace isa_amx {
+constexpr int64_t kTileRowsMax = 32;
+void begin_tiles();  // once per thread before multiply_tile; end_tiles after
+void end_tiles();
+// rows <= 32. Writes whole register tiles: `sums` has room for 16 or 32 rows, whatever `rows` is.
+// padding: room for [16, depth] bf16.
+void multiply_tile(const PanelTile& tile, int64_t rows, int64_t width, char* padding);
+}  // namespace isa_amx
 
 ORBIT_KERNEL(void, matmul_items, (const Matmul& m, int64_t begin, int64_t end, void* workspace))
 ORBIT_KERNEL(void, outer_sum_items, (const OuterSum& o, int64_t begin, int64_t end))
