@@ -31,9 +31,9 @@ struct RowGroup {
     int64_t stride;
 };
 
-// GCC's tile intrinsics do not say that they read and write memory.
-inline void memory_barrier() {
-    __asm__ volatile("" ::: "memory");
+// GCC's tile intrinsics do not say how much memory behind a pointer they read and write.
+inline void memory_barrier(const void* pointer) {
+    __asm__ volatile("" ::"r"(pointer) : "memory");
 }
 
 // Registers 0 to 3: sums [row group][column group]; 4, 5: x; 6, 7: panel.
@@ -128,11 +128,11 @@ void multiply_columns(const PanelTile& tile, const RowGroup* x, int64_t column) 
                 static_cast<size_t>(kVectors * kColumns * 4)
             );
         }
-        memory_barrier();
+        memory_barrier(&tail);
         step<kGroups, kVectors>(padded, 0, tail.cells, 2 * kColumns * 4);
     }
     store_sums<kGroups, kVectors>(tile.sums + column);
-    memory_barrier();
+    memory_barrier(tile.sums);
 }
 
 template <int kGroups>
@@ -150,6 +150,7 @@ void multiply_groups(const PanelTile& tile, const RowGroup* x, int64_t width) {
 
 void begin_tiles() {
     const TileConfig config;
+    memory_barrier(&config);
     _tile_loadconfig(&config);
 }
 
@@ -177,7 +178,7 @@ void multiply_tile(const PanelTile& tile, int64_t rows, int64_t width, char* pad
         }
         last = {padding, bytes};
     }
-    memory_barrier();
+    memory_barrier(padding);
     if (rows > kRows) {
         multiply_groups<2>(tile, groups, width);
     } else {

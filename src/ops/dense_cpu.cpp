@@ -75,7 +75,9 @@ void plan_matmul(Matmul& m, int64_t num_threads) {
     const int64_t row_blocks = std::max<int64_t>(1, (m.rows + block - 1) / block);
     const int64_t tile = m.amx ? isa_amx::kTileRowsMax : 12;
     m.row_block = round_up((m.rows + row_blocks - 1) / row_blocks, tile);
-    m.chunk = std::min(round_up(m.main.depth, 64), m.rows <= kFewRows ? kChunkFewRows : kChunk);
+    // On AMX a chunk's sums go through memory, which costs more than the overlap gains.
+    const bool few = m.rows <= kFewRows && !m.amx;
+    m.chunk = std::min(round_up(m.main.depth, 64), few ? kChunkFewRows : kChunk);
     m.num_items = (m.rows + m.row_block - 1) / m.row_block * columns;
     const int64_t cells = (m.row_block + kSumsPadding + m.chunk + m.low_rank.depth) * kPanelWidth;
     const int64_t padding = 16 * std::max(m.chunk, m.low_rank.depth) * 2;
