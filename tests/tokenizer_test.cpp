@@ -33,6 +33,19 @@ std::string models_folder() {
     return folder == nullptr ? "" : folder;
 }
 
+// Without spaces, which some added tokens swallow.
+std::string strip_white(const std::string& text) {
+    std::string out;
+    for (size_t at = 0; at < text.size();) {
+        const Utf8Step step = utf8_step(text, at);
+        if (!is_unicode_space(step.code_point)) {
+            out.append(text, at, step.bytes);
+        }
+        at += step.bytes;
+    }
+    return out;
+}
+
 // A vocabulary of the 256 bytes and the words given, with merges from left to right.
 json byte_model(const std::vector<std::string>& words) {
     json vocab = json::object();
@@ -379,6 +392,38 @@ TEST(Tokenizer, GgufFields) {
             "It's 12345 \u4e2d\u6587 ok"
         );
     }
+}
+
+// ORBIT_TOKENIZER_CASES names a longer table (tests/text_cases/make_tokenizer_cases.py 10000).
+TEST(Tokenizer, GivesTheIdsOfTheTokenizersLibrary) {
+    const char* longer = std::getenv("ORBIT_TOKENIZER_CASES");
+    const std::string path =
+        longer != nullptr ? longer : ORBIT_SOURCE_DIR "/tests/text_cases/tokenizer_cases.json";
+    const json file = json::parse(read_text(path));
+    size_t cases = 0;
+    for (const json& variant : file["variants"]) {
+        json root = file["tokenizer"];
+        root["normalizer"] = variant["normalizer"];
+        root["pre_tokenizer"] = variant["pre_tokenizer"];
+        root["model"]["ignore_merges"] = variant["ignore_merges"];
+        const Tokenizer tokenizer = load(root);
+        const auto name = variant["name"].get<std::string>();
+        for (const json& each : variant["cases"]) {
+            const auto text = each[0].get<std::string>();
+            const auto wanted = each[1].get<std::vector<int32_t>>();
+            const std::vector<int32_t> ids = tokenizer.encode(text, false);
+            EXPECT_EQ(ids, wanted) << name << ": " << text;
+            if (name == "llama3") {  // no normalizer and nothing removed: the text comes back
+                EXPECT_EQ(strip_white(tokenizer.decode(ids, false)), strip_white(text));
+            }
+            std::vector<int32_t> with_bos = tokenizer.encode(text, true);
+            EXPECT_EQ(with_bos.front(), 0);
+            with_bos.erase(with_bos.begin());
+            EXPECT_EQ(with_bos, ids);
+            ++cases;
+        }
+    }
+    EXPECT_GE(cases, 15u * 38u);
 }
 
 TEST(Tokenizer, ReferenceModels) {

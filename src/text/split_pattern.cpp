@@ -28,7 +28,7 @@ constexpr size_t kLongSearchBytes = 65536;
 constexpr std::string_view kSpaceItems =
     "\\x09-\\x0d\\x20\\x85\\xa0\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}"
     "\\x{3000}";
-constexpr std::string_view kWordItems = "\\p{L}\\p{M}\\p{Nd}\\p{Nl}\\p{Pc}\\x{200c}\\x{200d}";
+constexpr std::string_view kWordItems = "\\p{L}\\p{M}\\p{N}\\p{Pc}";
 
 // Scripts by name: without "sc:" PCRE2 would also match their script extensions.
 constexpr std::array<std::string_view, 20> kScripts = {
