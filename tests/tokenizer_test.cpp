@@ -394,6 +394,36 @@ TEST(Tokenizer, GgufFields) {
     }
 }
 
+TEST(Tokenizer, TiktokenRanks) {
+    // All bytes, then "ab", "bc", "abc", "abcd"; ranks are ids.
+    const std::string digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    std::string ranks;
+    for (uint32_t byte = 0; byte < 256; ++byte) {
+        ranks += digits[byte >> 2];
+        ranks += digits[(byte & 3) << 4];
+        ranks += "== " + std::to_string(byte) + "\n";
+    }
+    ranks += "YWI= 256\nYmM= 257\nYWJj 258\nYWJjZA== 259\n";
+    const std::string config =
+        R"({"added_tokens_decoder": {"260": {"content": "[BOS]", "special": true},
+            "261": {"content": "<think>", "special": false}}})";
+    const Tokenizer tokenizer = Tokenizer::from_tiktoken(ranks, config, "tiktoken.model");
+    const auto encode = [&](const std::string& text) { return tokenizer.encode(text, false); };
+    EXPECT_EQ(encode("abcd"), std::vector<int32_t>{259});         // the whole piece
+    EXPECT_EQ(encode("xabc"), (std::vector<int32_t>{'x', 258}));  // ab, then abc
+    EXPECT_EQ(encode("xbcd"), (std::vector<int32_t>{'x', 257, 'd'}));
+    EXPECT_EQ(encode("xbcbc"), (std::vector<int32_t>{'x', 257, 257}));
+    EXPECT_EQ(encode("[BOS]<think>"), (std::vector<int32_t>{260, 261}));
+    EXPECT_EQ(tokenizer.decode({260, 261, 258, 515}, true), "<think>abc");
+    EXPECT_EQ(tokenizer.token_bytes(515), "<|reserved_token_515|>");
+    EXPECT_EQ(tokenizer.size(), 516);
+    for (const std::string bad :
+         {"YWI=", "YWI= x", "Y*I= 1", "YWI= 1\nYmM= 1", "YWI= 99999999", ""}) {
+        EXPECT_THROW(Tokenizer::from_tiktoken(bad, config, "tiktoken.model"), UserError) << bad;
+    }
+    EXPECT_THROW(Tokenizer::from_tiktoken(ranks, "{}", "tiktoken.model"), UserError);
+}
+
 // ORBIT_TOKENIZER_CASES names a longer table (tests/text_cases/make_tokenizer_cases.py 10000).
 TEST(Tokenizer, GivesTheIdsOfTheTokenizersLibrary) {
     const char* longer = std::getenv("ORBIT_TOKENIZER_CASES");

@@ -115,24 +115,33 @@ const MergeTable::Entry* MergeTable::find(int32_t left, int32_t right) const {
     return nullptr;
 }
 
-void Bpe::add_token(int32_t id, std::string_view mapped) {
+void Bpe::define(int32_t id, std::string bytes) {
     CHECK_GE(id, 0);
     const auto index = static_cast<size_t>(id);
     if (index >= bytes_.size()) {
         bytes_.resize(index + 1);
         defined_.resize(index + 1, false);
     }
+    bytes_[index] = std::move(bytes);
+    defined_[index] = true;
+}
+
+void Bpe::add_token(int32_t id, std::string_view mapped) {
     std::optional<std::string> raw = unmap_bytes(mapped);
     if (raw) {
-        ids_.insert_or_assign(*raw, id);
-        if (raw->size() == 1) {
-            byte_ids_[static_cast<uint8_t>((*raw)[0])] = id;
-        }
-    } else {
-        literal_ids_.insert_or_assign(std::string(mapped), id);
+        add_raw_token(id, std::move(*raw));
+        return;
     }
-    bytes_[index] = raw ? std::move(*raw) : std::string(mapped);
-    defined_[index] = true;
+    literal_ids_.insert_or_assign(std::string(mapped), id);
+    define(id, std::string(mapped));
+}
+
+void Bpe::add_raw_token(int32_t id, std::string bytes) {
+    ids_.insert_or_assign(bytes, id);
+    if (bytes.size() == 1) {
+        byte_ids_[static_cast<uint8_t>(bytes[0])] = id;
+    }
+    define(id, std::move(bytes));
 }
 
 int32_t Bpe::id_of_mapped(std::string_view mapped) const {

@@ -43,6 +43,7 @@ class MergeTable {
 class Bpe {
   public:
     void add_token(int32_t id, std::string_view mapped);
+    void add_raw_token(int32_t id, std::string bytes);
     // Ids must have been added before. False when a part or the result is not in the vocabulary.
     bool add_merge(std::string_view left, std::string_view right);
     // tiktoken's rule instead of a list: the pair whose concatenation has the lowest id goes first.
@@ -73,6 +74,7 @@ class Bpe {
     void encode(std::string_view piece, std::vector<int32_t>& ids) const;
 
   private:
+    void define(int32_t id, std::string bytes);
     void merge_piece(std::string_view piece, std::vector<int32_t>& ids) const;
 
     struct TextHash {

@@ -13,6 +13,8 @@ namespace orbit {
 // GPT-2's pattern, which ByteLevel applies when use_regex is true.
 extern const char* const kGpt2Pattern;
 
+extern const char* const kKimiPattern;
+
 struct TextRange {
     size_t begin = 0;
     size_t end = 0;

@@ -28,6 +28,11 @@ class Tokenizer {
     // pre-tokenizer, ...).
     static Tokenizer from_json_text(std::string_view json, const std::string& file_name);
     static Tokenizer from_gguf(const GgufTokenizerFields& fields, const std::string& file_name);
+    // tiktoken.model (lines "base64 rank") of Kimi-K2 folders without tokenizer.json, and the text
+    // of their tokenizer_config.json, which names the special tokens.
+    static Tokenizer from_tiktoken(
+        std::string_view ranks, std::string_view config_json, const std::string& file_name
+    );
     ~Tokenizer();
     Tokenizer(Tokenizer&&) noexcept;
     Tokenizer& operator=(Tokenizer&&) noexcept;
