@@ -13,6 +13,7 @@
 #include "ops/logprob.h"
 #include "reward/options.h"
 #include "rollout/options.h"
+#include "run/bench.h"
 
 namespace orbit {
 
@@ -92,6 +93,17 @@ struct QuantizeArgs {
     std::string format = "int4";
 };
 
+struct BenchArgs {
+    std::string model;
+    std::string shape;  // a synthetic model instead
+    std::string format = "bf16";
+    BenchOptions options;
+    std::vector<std::string> only;
+    std::string json;
+    DeviceArgs device;
+};
+
+int run_bench(const BenchArgs& args);
 int run_train(const TrainArgs& args);
 int run_resume(const std::string& folder);
 int run_eval(const EvalArgs& args);

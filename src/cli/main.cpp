@@ -2,6 +2,7 @@
 #include <fmt/core.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <functional>
@@ -247,6 +248,61 @@ void add_inspect(CLI::App& app, std::string& path, Action& action) {
     command->callback([&] { action = [&] { return run_inspect(path); }; });
 }
 
+void add_bench(CLI::App& app, BenchArgs& args, Action& action) {
+    CLI::App* command = add_command(
+        app,
+        "bench",
+        "Time kernels, decode, training and the RL step, each beside its floor",
+        "  orbit bench models/mini-qwen3-int4 --context 256 --rl-response 32\n"
+        "  orbit bench --shape qwen3-0.6b --device cuda:0 --json bench.json\n"
+        "  orbit bench --shape qwen3-8b --format int4 --device cuda:0 --only decode"
+    );
+    BenchOptions& o = args.options;
+    command->add_option("MODEL", args.model, "Hugging Face folder or GGUF file");
+    command->add_option("--shape", args.shape, "a synthetic model of a published shape instead");
+    command->add_option("--format", args.format, "of the synthetic linears: bf16 or int4")
+        ->capture_default_str();
+    command->add_option("--adapter", o.adapter, "lora, oft or none")
+        ->capture_default_str()
+        ->check(CLI::IsMember({"lora", "oft", "none"}));
+    command->add_option("--decode-batches", o.decode_batches, "batches of the decode rows")
+        ->delimiter(',');
+    command->add_option("--context", o.context, "tokens before the decode rows")
+        ->capture_default_str();
+    command->add_option("--train-length", o.train_length, "tokens of a training sequence")
+        ->capture_default_str();
+    command->add_option("--train-tokens", o.train_tokens, "tokens of a training batch")
+        ->capture_default_str();
+    command->add_option("--rl-prompts", o.rl_prompts)->capture_default_str();
+    command->add_option("--rl-samples", o.rl_samples)->capture_default_str();
+    command->add_option("--rl-prompt", o.rl_prompt_tokens, "tokens of a prompt")
+        ->capture_default_str();
+    command->add_option("--rl-response", o.rl_response_tokens, "tokens of a response")
+        ->capture_default_str();
+    command->add_option(
+        "--copy-rate", o.copy_bytes_per_s, "ceiling of the floors in bytes/s; 0: measured"
+    );
+    command->add_option(
+        "--matrix-rate", o.matrix_flops_per_s, "ceiling of the floors in FLOP/s; 0: none"
+    );
+    const auto* only =
+        command->add_option("--only", args.only, "kernels, decode, train or rl")->delimiter(',');
+    command->add_option("--json", args.json, "also write the table to this file");
+    add_device(command, args.device);
+    command->callback([&args, only, &action] {
+        BenchOptions& options = args.options;
+        const auto wanted = [&](const char* part) {
+            return only->empty() ||
+                   std::find(args.only.begin(), args.only.end(), part) != args.only.end();
+        };
+        options.kernels = wanted("kernels");
+        options.decode = wanted("decode");
+        options.train = wanted("train");
+        options.rl = wanted("rl");
+        action = [&args] { return run_bench(args); };
+    });
+}
+
 // The first word of the command line that is no command, when the commands do not have it.
 void check_command_name(const CLI::App& app, int argc, char** argv) {
     const std::string word = argc > 1 ? argv[1] : "";
@@ -288,6 +344,7 @@ int parse_and_run(int argc, char** argv) {
     ScoreArgs score;
     QuantizeArgs quantize;
     std::string inspect;
+    BenchArgs bench;
     add_train(app, train, action);
     add_resume(app, resume, action);
     add_eval(app, eval, action);
@@ -297,6 +354,7 @@ int parse_and_run(int argc, char** argv) {
     add_score(app, score, action);
     add_quantize(app, quantize, action);
     add_inspect(app, inspect, action);
+    add_bench(app, bench, action);
     app.add_subcommand("config-reference")->group("")->callback([&] {  // for ./run docs
         action = [] {
             fmt::print("{}", config_reference());

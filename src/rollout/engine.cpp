@@ -162,19 +162,17 @@ bool RolloutEngine::step() {
     for (const int slot : slots) {
         prefill(slot);
     }
-    const bool prefilled = !slots.empty();
-    slots.clear();
+    if (!slots.empty()) {
+        return true;  // prompts first: decoding is cheapest with a full batch
+    }
     for (const auto& sequence : running_) {
         note(sequence->group->slot);
     }
     for (const int slot : slots) {
         decode(slot);
     }
-    CHECK(
-        prefilled || !slots.empty() || waiting_.empty(),
-        "(a waiting request always fits an idle engine)"
-    );
-    return prefilled || !slots.empty();
+    CHECK(!slots.empty() || waiting_.empty(), "(a waiting request always fits an idle engine)");
+    return !slots.empty();
 }
 
 SampleRow RolloutEngine::first_draw(const Request& request, int32_t sample, int64_t generated)
@@ -367,7 +365,7 @@ void RolloutEngine::accept_token(Sequence& sequence, int32_t token, float logpro
         return;
     }
     const auto& stops = model_->stop_ids;
-    if (std::find(stops.begin(), stops.end(), token) != stops.end()) {
+    if (!request.ignore_stop && std::find(stops.begin(), stops.end(), token) != stops.end()) {
         finish(sequence, FinishReason::kStop);
         return;
     }

@@ -73,8 +73,8 @@ class RolloutEngine {
 
     // UserError when the prompt or the answers can never fit.
     int64_t submit(Request request);
-    // One round: admit, prefill a chunk, decode one token of every running sequence. False when
-    // there is nothing to do.
+    // One round: admit; then prefill a chunk if there is a prompt left, else decode every running
+    // sequence. False when there is nothing to do.
     bool step();
     std::vector<Completion> take_finished();
 

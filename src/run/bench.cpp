@@ -1,0 +1,461 @@
+#include "run/bench.h"
+
+#include <algorithm>
+#include <functional>
+
+#include "base/log.h"
+#include "base/philox.h"
+#include "rollout/engine.h"
+#include "train/trainer.h"
+
+namespace orbit {
+namespace {
+
+double median(std::vector<double> values) {
+    std::sort(values.begin(), values.end());
+    return values[values.size() / 2];
+}
+
+// Median seconds of `body`, which is called until it has run `inner` times between two
+// synchronisations, `repeats` times.
+double time_of(Stream& stream, int repeats, int inner, const std::function<void(int)>& body) {
+    std::vector<double> times;
+    body(0);
+    synchronize(stream);
+    for (int r = 0; r < repeats; ++r) {
+        const double start = now_s();
+        for (int i = 0; i < inner; ++i) {
+            body(r * inner + i);
+        }
+        synchronize(stream);
+        times.push_back((now_s() - start) / inner);
+    }
+    return median(times);
+}
+
+std::vector<int32_t> random_ids(const Model& model, int64_t count, uint32_t stream) {
+    std::vector<int32_t> ids;
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t word = philox(static_cast<uint32_t>(i), stream, 0, 0, 99, 0).word[0];
+        ids.push_back(static_cast<int32_t>(word % static_cast<uint32_t>(model.config.vocab_size)));
+    }
+    return ids;
+}
+
+class Bench {
+  public:
+    Bench(Stream& stream, const Model& model, const BenchOptions& options)
+        : stream_(stream), model_(model), options_(options) {
+        if (options.adapter != "none") {
+            AdapterOptions adapter;
+            adapter.kind = options.adapter;
+            adapter_ = std::make_unique<AdapterStore>(
+                stream.device, adapter, model.sites, model.compute, 2, 1
+            );
+        }
+    }
+
+    std::vector<BenchRow> run() {
+        ceilings();
+        if (options_.kernels) {
+            linears();
+        }
+        if (options_.decode) {
+            for (const int64_t batch : options_.decode_batches) {
+                decode(batch);
+            }
+        }
+        if (options_.train && adapter_ != nullptr) {
+            train();
+        }
+        if (options_.rl && adapter_ != nullptr) {
+            rl_step();
+        }
+        return rows_;
+    }
+
+  private:
+    void add(BenchRow row) {
+        log_line(fmt::format(
+            "{:<12} {:<44} {:>11.1f} us  floor {:>9.1f} us  {:>5.1f} %  {:>10.0f} tok/s  {}",
+            row.what,
+            row.shape,
+            row.time_us,
+            row.floor_us,
+            row.floor_us > 0 ? 100 * row.floor_us / row.time_us : 0.0,
+            row.tokens_per_s,
+            row.note
+        ));
+        rows_.push_back(std::move(row));
+    }
+
+    // A device copy, bytes read and written; larger than any cache.
+    void ceilings() {
+        const ScratchScope scope(stream_.scratch);
+        const size_t bytes = stream_.is_cpu() ? size_t{256} << 20 : size_t{1} << 30;
+        void* from = stream_.scratch.take_bytes(bytes);
+        void* to = stream_.scratch.take_bytes(bytes);
+        const double seconds =
+            time_of(stream_, 5, 2, [&](int) { copy_on_device(stream_, to, from, bytes); });
+        const double measured = 2.0 * static_cast<double>(bytes) / seconds;
+        bandwidth_ = options_.copy_bytes_per_s > 0 ? options_.copy_bytes_per_s : measured;
+        BenchRow row;
+        row.what = "ceiling";
+        row.shape = "device copy";
+        row.time_us = seconds * 1e6;
+        row.note = fmt::format("{:.3f} TB/s", measured * 1e-12);
+        add(row);
+    }
+
+    double floor_us(double bytes, double flops) const {
+        const double matrix =
+            options_.matrix_flops_per_s > 0 ? flops / options_.matrix_flops_per_s : 0.0;
+        return 1e6 * std::max(bytes / bandwidth_, matrix);
+    }
+
+    // Each shape of a layer, walking through the layers so that the weights do not stay in the
+    // cache.
+    void linears() {
+        const std::pair<const char*, LinearWeights LayerWeights::*> parts[] = {
+            {"q", &LayerWeights::q},
+            {"o", &LayerWeights::o},
+            {"gate", &LayerWeights::gate},
+            {"down", &LayerWeights::down},
+        };
+        for (const auto& [name, part] : parts) {
+            for (const int64_t rows :
+                 {int64_t{1},
+                  int64_t{16},
+                  int64_t{64},
+                  int64_t{256},
+                  int64_t{2048},
+                  int64_t{8192}}) {
+                if (stream_.is_cpu() && rows > 2048) {
+                    continue;
+                }
+                linear_row(name, part, rows);
+            }
+        }
+    }
+
+    void linear_row(const char* name, LinearWeights LayerWeights::*part, int64_t rows) {
+        const ScratchScope scope(stream_.scratch);
+        const QuantizedMatrix& w = (model_.layers[0].*part).w;
+        const Tensor x = stream_.scratch.take(model_.compute, {rows, w.cols});
+        const Tensor dx = stream_.scratch.take(model_.compute, {rows, w.cols});
+        const Tensor y = stream_.scratch.take(model_.compute, {rows, w.rows});
+        fill(x);
+        const auto params = [&](int i) {
+            LinearParams p;
+            p.x = x;
+            p.w = (model_.layers[static_cast<size_t>(i) % model_.layers.size()].*part).w;
+            return p;
+        };
+        const int inner = static_cast<int>(model_.layers.size());
+        const double n = static_cast<double>(rows);
+        const double flops = 2.0 * n * static_cast<double>(w.rows) * static_cast<double>(w.cols);
+        const double bytes =
+            static_cast<double>(w.bytes()) + 2.0 * n * static_cast<double>(w.rows + w.cols);
+        BenchRow row;
+        row.what = "linear";
+        row.shape =
+            fmt::format("{} {} M={} N={} K={}", name, format_name(w.format), rows, w.rows, w.cols);
+        row.time_us =
+            1e6 * time_of(stream_, 5, inner, [&](int i) { linear(stream_, params(i), y); });
+        row.floor_us = floor_us(bytes, flops);
+        row.note = fmt::format("{:.1f} TFLOP/s", flops / row.time_us * 1e-6);
+        add(row);
+        if (rows < 2048) {
+            return;
+        }
+        fill(y);
+        row.what = "dgrad";
+        row.time_us = 1e6 * time_of(stream_, 5, inner, [&](int i) {
+                          linear_backward(stream_, params(i), y, dx, false, AdapterGrad{});
+                      });
+        row.note = fmt::format("{:.1f} TFLOP/s", flops / row.time_us * 1e-6);
+        add(row);
+    }
+
+    void fill(Tensor t) {
+        std::vector<bf16> values(static_cast<size_t>(t.numel()));
+        for (size_t i = 0; i < values.size(); ++i) {
+            const uint32_t word = philox(static_cast<uint32_t>(i), 5, 0, 0, 3, 0).word[0];
+            values[i] = to_bf16(2.0f * uniform_from_word(word) - 1.0f);
+        }
+        copy_to_device(stream_, t.data, values.data(), values.size() * sizeof(bf16));
+        synchronize(stream_);
+    }
+
+    // Bytes that one decode step must read: weights, head, adapter, keys and values.
+    double decode_bytes(int64_t batch, double context) const {
+        const ModelConfig& c = model_.config;
+        double bytes = static_cast<double>(model_.head.bytes());
+        for (const auto& layer : model_.layers) {
+            for (const LinearWeights* l :
+                 {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
+                bytes += static_cast<double>(l->w.bytes());
+            }
+        }
+        bytes += adapter_bytes();
+        return bytes + static_cast<double>(batch) * context * static_cast<double>(c.num_layers) *
+                           4.0 * static_cast<double>(c.num_kv_heads * c.head_dim);
+    }
+
+    double adapter_bytes() const {
+        if (adapter_ == nullptr) {
+            return 0;
+        }
+        const int slot = adapter_->pin_current();
+        double bytes = 0;
+        for (size_t site = 0; site < model_.sites.size(); ++site) {
+            const AdapterView view = adapter_->view(slot, static_cast<int32_t>(site));
+            for (const Tensor& t : {view.lora_a, view.lora_b, view.oft_d}) {
+                bytes += t.defined() ? static_cast<double>(t.bytes()) : 0.0;
+            }
+        }
+        adapter_->unpin(slot);
+        return bytes;
+    }
+
+    double linear_parameters() const {
+        double parameters = 0;
+        for (const auto& site : model_.sites) {
+            parameters += static_cast<double>(site.in) * static_cast<double>(site.out);
+        }
+        return parameters;
+    }
+
+    void decode(int64_t batch) {
+        const ModelConfig& c = model_.config;
+        constexpr int64_t kTokens = 96;
+        EngineOptions options;
+        options.max_batch = batch;
+        options.prefill_chunk = 8192;
+        options.kv_tokens = batch * (options_.context + kTokens + 4 * kPageTokens);
+        RolloutEngine engine(stream_, model_, adapter_.get(), options);
+        for (int64_t b = 0; b < batch; ++b) {
+            Request request;
+            request.prompt = random_ids(model_, options_.context, static_cast<uint32_t>(b));
+            request.request_ids = {static_cast<uint64_t>(b)};
+            request.max_tokens = kTokens;
+            request.ignore_stop = true;
+            engine.submit(std::move(request));
+        }
+        const double start = now_s();
+        while (engine.num_running() < batch) {
+            CHECK(engine.step(), "(all requests fit)");
+        }
+        const double prefill = now_s() - start;
+        // The first rounds capture the graph and are not timed.
+        engine.step();
+        std::vector<double> times;
+        int64_t before = engine.stats().decoded_tokens;
+        while (engine.num_running() == batch && times.size() < 8) {
+            const double from = now_s();
+            engine.step();
+            const int64_t tokens = engine.stats().decoded_tokens - before;
+            before += tokens;
+            if (tokens > 0) {
+                times.push_back(
+                    (now_s() - from) * static_cast<double>(batch) / static_cast<double>(tokens)
+                );
+            }
+        }
+        BenchRow row;
+        row.what = "decode step";
+        row.shape = fmt::format(
+            "{} batch {} context {} adapter {}",
+            model_.name,
+            batch,
+            options_.context,
+            options_.adapter
+        );
+        row.time_us = 1e6 * median(times);
+        const double context = static_cast<double>(options_.context + kTokens / 2);
+        const double flops =
+            2.0 * static_cast<double>(batch) *
+            (linear_parameters() + static_cast<double>(c.vocab_size * c.width) +
+             2.0 * context * static_cast<double>(c.num_layers * c.num_heads * c.head_dim));
+        row.floor_us = floor_us(decode_bytes(batch, context), flops);
+        row.tokens_per_s = static_cast<double>(batch) / (row.time_us * 1e-6);
+        row.memory_bytes = static_cast<double>(engine.kv_bytes());
+        row.note = fmt::format(
+            "prefill {:.0f} tok/s", static_cast<double>(batch * options_.context) / prefill
+        );
+        add(row);
+    }
+
+    // One packed batch through forward, recomputed backward and the optimiser.
+    void train() {
+        TrainOptions options;
+        Trainer trainer(stream_, model_, *adapter_, options, SamplingFilter{});
+        std::vector<std::vector<int32_t>> texts;
+        for (int64_t done = 0; done < options_.train_tokens; done += options_.train_length) {
+            texts.push_back(
+                random_ids(model_, options_.train_length + 1, static_cast<uint32_t>(7000 + done))
+            );
+        }
+        std::vector<TrainSequence> sequences;
+        for (size_t i = 0; i < texts.size(); ++i) {
+            sequences.push_back({&texts[i], 1, static_cast<int64_t>(i)});
+        }
+        const auto step = [&](int) {
+            const int slot = adapter_->pin_current();
+            trainer.accumulate(sequences, slot, [](auto, auto, auto coefficients) {
+                for (auto& c : coefficients) {
+                    std::fill(c.d_logprob.begin(), c.d_logprob.end(), -1e-4f);
+                }
+            });
+            adapter_->unpin(slot);
+            trainer.apply();
+            adapter_->publish(stream_, adapter_->current_version() + 1);
+        };
+        const double seconds = time_of(stream_, 3, 1, step);
+        const ModelConfig& c = model_.config;
+        const double tokens = static_cast<double>(options_.train_tokens);
+        const double attention =
+            2.0 *
+            static_cast<double>(options_.train_length * c.num_layers * c.num_heads * c.head_dim);
+        const double flops =
+            tokens * (6.0 * (linear_parameters() + static_cast<double>(c.vocab_size * c.width)) +
+                      4.5 * attention);
+        BenchRow row;
+        row.what = "train step";
+        row.shape = fmt::format(
+            "{} {} x {} tokens adapter {}",
+            model_.name,
+            texts.size(),
+            options_.train_length,
+            options_.adapter
+        );
+        row.time_us = 1e6 * seconds;
+        row.floor_us = options_.matrix_flops_per_s > 0 ? floor_us(0, flops) : 0;
+        row.tokens_per_s = tokens / seconds;
+        row.memory_bytes = static_cast<double>(stream_.scratch.peak_bytes());
+        row.note =
+            fmt::format("{:.1f} TFLOP/s (6N, attention and head in)", flops / seconds * 1e-12);
+        add(row);
+    }
+
+    // Rollout of prompts x samples, training on all of it, and the update; no reward program, no
+    // text.
+    void rl_step() {
+        const int64_t count = options_.rl_prompts * options_.rl_samples;
+        EngineOptions options;
+        options.max_batch = std::min<int64_t>(count, 512);
+        options.prefill_chunk = 8192;
+        options.kv_tokens = options.max_batch * (options_.rl_prompt_tokens +
+                                                 options_.rl_response_tokens + 4 * kPageTokens);
+        RolloutEngine engine(stream_, model_, adapter_.get(), options);
+        std::vector<std::vector<int32_t>> prompts;
+        for (int64_t p = 0; p < options_.rl_prompts; ++p) {
+            prompts.push_back(
+                random_ids(model_, options_.rl_prompt_tokens, static_cast<uint32_t>(9000 + p))
+            );
+            Request request;
+            request.prompt = prompts.back();
+            request.num_samples = static_cast<int32_t>(options_.rl_samples);
+            for (int64_t s = 0; s < options_.rl_samples; ++s) {
+                request.request_ids.push_back(static_cast<uint64_t>(p * options_.rl_samples + s));
+            }
+            request.max_tokens = options_.rl_response_tokens;
+            request.ignore_stop = true;
+            engine.submit(std::move(request));
+        }
+        const double start = now_s();
+        while (engine.step()) {
+        }
+        const double rollout = now_s() - start;
+        std::vector<Completion> done = engine.take_finished();
+        const double train = train_on(prompts, done);
+        BenchRow row;
+        row.what = "rl step";
+        row.shape = fmt::format(
+            "{} {} x {}, {} in, {} out, adapter {}",
+            model_.name,
+            options_.rl_prompts,
+            options_.rl_samples,
+            options_.rl_prompt_tokens,
+            options_.rl_response_tokens,
+            options_.adapter
+        );
+        row.time_us = 1e6 * (rollout + train);
+        row.tokens_per_s =
+            static_cast<double>(count * options_.rl_response_tokens) / (rollout + train);
+        row.memory_bytes = static_cast<double>(engine.kv_bytes() + stream_.scratch.peak_bytes());
+        row.note = fmt::format(
+            "rollout {:.2f} s, train and update {:.2f} s, parity {}/{}",
+            rollout,
+            train,
+            mismatches_,
+            compared_
+        );
+        add(row);
+    }
+
+    double train_on(
+        const std::vector<std::vector<int32_t>>& prompts, const std::vector<Completion>& done
+    ) {
+        const double start = now_s();
+        Trainer trainer(stream_, model_, *adapter_, TrainOptions{}, SamplingFilter{});
+        const int slot = adapter_->pin_current();
+        std::vector<std::vector<int32_t>> texts(done.size());
+        std::vector<TrainSequence> batch;
+        int64_t tokens = 0;
+        const auto flush = [&] {
+            trainer.accumulate(batch, slot, [&](auto sequences, auto columns, auto coefficients) {
+                for (size_t i = 0; i < sequences.size(); ++i) {
+                    const auto& sampled = done[static_cast<size_t>(sequences[i].index)].logprobs;
+                    for (size_t t = 0; t < sampled.size(); ++t) {
+                        ++compared_;
+                        mismatches_ +=
+                            float_bits(sampled[t]) != float_bits(columns[i].logprob[t]) ? 1 : 0;
+                    }
+                    std::fill(
+                        coefficients[i].d_logprob.begin(), coefficients[i].d_logprob.end(), 1e-5f
+                    );
+                }
+            });
+            batch.clear();
+            tokens = 0;
+        };
+        for (size_t i = 0; i < done.size(); ++i) {
+            const auto& prompt = prompts[static_cast<size_t>(done[i].ticket)];
+            texts[i] = prompt;
+            texts[i].insert(texts[i].end(), done[i].ids.begin(), done[i].ids.end());
+            if (tokens + static_cast<int64_t>(texts[i].size()) > options_.train_tokens) {
+                flush();
+            }
+            batch.push_back(
+                {&texts[i], static_cast<int32_t>(prompt.size()), static_cast<int64_t>(i)}
+            );
+            tokens += static_cast<int64_t>(texts[i].size());
+        }
+        flush();
+        adapter_->unpin(slot);
+        trainer.apply();
+        adapter_->publish(stream_, adapter_->current_version() + 1);
+        synchronize(stream_);
+        return now_s() - start;
+    }
+
+    Stream& stream_;
+    const Model& model_;
+    BenchOptions options_;
+    std::unique_ptr<AdapterStore> adapter_;
+    std::vector<BenchRow> rows_;
+    double bandwidth_ = 1;
+    int64_t mismatches_ = 0;
+    int64_t compared_ = 0;
+};
+
+}  // namespace
+
+std::vector<BenchRow> run_bench_table(
+    Stream& stream, const Model& model, const BenchOptions& options
+) {
+    return Bench(stream, model, options).run();
+}
+
+}  // namespace orbit
