@@ -34,7 +34,8 @@ struct Request {
     std::vector<std::string> stop;  // stop strings
     std::vector<int32_t>
         forced;  // not empty: these tokens are taken instead of drawn (scoring by decode)
-    bool use_adapter = true;  // false: the base
+    bool use_adapter = true;   // false: the base
+    bool ignore_stop = false;  // go on after an end-of-turn token (benchmarks)
 };
 
 struct Completion {
