@@ -375,22 +375,28 @@ int parse_and_run(int argc, char** argv) {
     return status;
 }
 
+// One line: a message may quote the last words of a reward program.
+void print_error(std::string sentence) {
+    for (size_t at = 0; (at = sentence.find('\n', at)) != std::string::npos;) {
+        sentence.replace(at, 1, " / ");
+    }
+    fmt::print(stderr, "error: {}\n", sentence);
+}
+
 int guarded_main(int argc, char** argv) {
     // A limit on file sizes shows up as a failed write, which has a sentence.
     std::signal(SIGXFSZ, SIG_IGN);
     try {
         return parse_and_run(argc, argv);
     } catch (const UserError& error) {
-        fmt::print(stderr, "error: {}\n", error.what());
+        print_error(error.what());
     } catch (const std::bad_alloc&) {
-        fmt::print(
-            stderr,
-            "error: out of memory; use a smaller model, rollout.max_batch or "
-            "train.tokens_per_batch.\n"
+        print_error(
+            "out of memory; use a smaller model, rollout.max_batch or train.tokens_per_batch."
         );
     } catch (const std::exception& error) {
-        fmt::print(
-            stderr, "error: {} (this message should be clearer: please report it).\n", error.what()
+        print_error(
+            fmt::format("{} (this message should be clearer: please report it).", error.what())
         );
     }
     return kUserErrorStatus;

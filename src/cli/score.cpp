@@ -71,13 +71,11 @@ int run_score(const ScoreArgs& args) {
             );
         }
     }
-    fmt::print(
-        stderr,
-        "{} of {} rows scored, mean {:.4f}\n",
-        scored,
-        scores.size(),
-        scored > 0 ? sum / static_cast<double>(scored) : 0.0
-    );
+    fmt::print(stderr, "{} of {} rows scored", scored, scores.size());
+    if (scored > 0) {
+        fmt::print(stderr, ", mean {:.4f}", sum / static_cast<double>(scored));
+    }
+    fmt::print(stderr, "\n");
     return 0;
 }
 

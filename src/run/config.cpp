@@ -447,7 +447,13 @@ void check_train(const RangeCheck& check, const TrainOptions& o) {
     check.in("train.weight_decay", o.weight_decay, 0, 10);
     check.at_least("train.clip_norm", o.clip_norm, 0);
     check.in("train.tokens_per_batch", o.tokens_per_batch, 1, 1 << 28);
-    check.in("train.max_staleness", o.max_staleness, 0, 64);
+    USER_CHECK(
+        o.max_staleness == 0,
+        "{}train.max_staleness must be 0, but is {}: rollout and training alternate in this "
+        "version.",
+        check.where("train.max_staleness"),
+        o.max_staleness
+    );
     check.in("train.clip_low", o.clip_low, 0, 1);
     check.at_least("train.clip_high", o.clip_high, 0);
     check.at_least("train.kl_coef", o.kl_coef, 0);
