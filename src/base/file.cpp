@@ -24,6 +24,17 @@ struct Descriptor {
     }
 };
 
+// Removes a half-written file when writing it fails: a full disk stays no fuller than it was.
+struct Temporary {
+    std::string path;  // empty once it has its final name
+
+    ~Temporary() {
+        if (!path.empty()) {
+            ::unlink(path.c_str());
+        }
+    }
+};
+
 void write_all(int fd, std::string_view content, const std::string& path) {
     while (!content.empty()) {
         const ssize_t written = ::write(fd, content.data(), content.size());
@@ -90,17 +101,24 @@ void fsync_path(const std::string& path) {
 }
 
 void write_file_atomic(const std::string& path, std::string_view content) {
-    const std::string temporary = path + ".tmp";
+    write_file_atomic(path, std::span<const std::string_view>(&content, 1));
+}
+
+void write_file_atomic(const std::string& path, std::span<const std::string_view> parts) {
+    Temporary temporary{path + ".tmp"};
     {
         const Descriptor file{
-            ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)};
-        USER_CHECK(file.fd >= 0, "cannot create {}: {}.", temporary, std::strerror(errno));
-        write_all(file.fd, content, path);
+            ::open(temporary.path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)};
+        USER_CHECK(file.fd >= 0, "cannot create {}: {}.", temporary.path, std::strerror(errno));
+        for (const std::string_view part : parts) {
+            write_all(file.fd, part, path);
+        }
         USER_CHECK(
             ::fsync(file.fd) == 0, "cannot flush {} to disk: {}.", path, std::strerror(errno)
         );
     }
-    rename_path(temporary, path);
+    rename_path(temporary.path, path);
+    temporary.path.clear();
     fsync_path(parent_of(path));
 }
 

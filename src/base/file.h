@@ -16,6 +16,8 @@ std::string read_file(const std::string& path);
 void make_directories(const std::string& path);
 // Writes to a temporary neighbour, fsyncs, renames over `path`, fsyncs the folder.
 void write_file_atomic(const std::string& path, std::string_view content);
+// The same, of parts written one after the other, so that a large file need not be in memory twice.
+void write_file_atomic(const std::string& path, std::span<const std::string_view> parts);
 void fsync_path(const std::string& path);  // file or folder
 void rename_path(const std::string& from, const std::string& to);
 void remove_all(const std::string& path);

@@ -65,15 +65,48 @@ StoredTensor parse_entry(
     if (begin > end || end > data.size()) {
         throw bad(fmt::format("ends at byte {} of {} bytes of data", end, data.size()));
     }
-    if (end - begin != numel * static_cast<uint64_t>(bits) / 8) {
-        throw bad(fmt::format(
-            "has {} bytes where its shape needs {}",
-            end - begin,
-            numel * static_cast<uint64_t>(bits) / 8
-        ));
+    const uint64_t needed_bits = numel * static_cast<uint64_t>(bits);
+    if (needed_bits % 8 != 0 || end - begin != needed_bits / 8) {
+        throw bad(
+            fmt::format("has {} bytes where its shape needs {}", end - begin, (needed_bits + 7) / 8)
+        );
     }
     tensor.bytes = data.subspan(begin, end - begin);
     return tensor;
+}
+
+// The format allows no holes and no overlap: every byte of the data belongs to one tensor.
+void check_coverage(
+    const std::string& path,
+    const std::map<std::string, StoredTensor>& tensors,
+    std::span<const std::byte> data
+) {
+    std::vector<const StoredTensor*> in_order;
+    for (const auto& [name, tensor] : tensors) {
+        if (!tensor.bytes.empty()) {
+            in_order.push_back(&tensor);
+        }
+    }
+    std::sort(in_order.begin(), in_order.end(), [](const auto* a, const auto* b) {
+        return a->bytes.data() < b->bytes.data();
+    });
+    const std::byte* at = data.data();
+    for (const StoredTensor* tensor : in_order) {
+        USER_CHECK(
+            tensor->bytes.data() == at,
+            "{}: the tensor \"{}\" {}; the file is damaged, fetch it again.",
+            path,
+            tensor->name,
+            tensor->bytes.data() < at ? "overlaps another" : "has a hole before it"
+        );
+        at += tensor->bytes.size();
+    }
+    USER_CHECK(
+        at == data.data() + data.size(),
+        "{}: {} bytes at its end belong to no tensor; the file is damaged, fetch it again.",
+        path,
+        data.data() + data.size() - at
+    );
 }
 
 }  // namespace
@@ -123,6 +156,7 @@ SafetensorsFile::SafetensorsFile(const std::string& path)
         }
         tensors_.emplace(name, parse_entry(path, name, entry, data));
     }
+    check_coverage(path, tensors_, data);
 }
 
 const StoredTensor& SafetensorsFile::tensor(const std::string& name) const {
@@ -150,15 +184,15 @@ void write_safetensors(
     }
     std::string text = header.dump();
     text.resize((text.size() + 7) / 8 * 8, ' ');
-    std::string content(8, '\0');
-    const uint64_t header_bytes = text.size();
-    std::memcpy(content.data(), &header_bytes, 8);
-    content += text;
-    content.reserve(content.size() + offset);
+    std::string header_bytes(8, '\0');
+    const uint64_t header_length = text.size();
+    std::memcpy(header_bytes.data(), &header_length, 8);
+    header_bytes += text;
+    std::vector<std::string_view> parts = {header_bytes};
     for (const auto& tensor : tensors) {
-        content.append(static_cast<const char*>(tensor.data), tensor.bytes);
+        parts.emplace_back(static_cast<const char*>(tensor.data), tensor.bytes);
     }
-    write_file_atomic(path, content);
+    write_file_atomic(path, parts);
 }
 
 }  // namespace orbit

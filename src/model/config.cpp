@@ -343,6 +343,14 @@ void check_config(const ModelConfig& config, const std::string& where) {
         config.rope_theta
     );
     const RopeScaling& rope = config.rope_scaling;
+    USER_CHECK(
+        rope.factor >= 1e-3 && rope.factor <= 1e6 && rope.attention_factor >= 0 &&
+            rope.attention_factor <= 1e3,
+        "{}: the rope scaling factor {} (attention factor {}) does not make sense.",
+        where,
+        rope.factor,
+        rope.attention_factor
+    );
     if (rope.type == "llama3" || rope.type == "yarn") {
         USER_CHECK(
             rope.original_max_positions >= 1 && rope.low_freq_factor > 0 &&

@@ -185,9 +185,11 @@ void read_weights(const std::string& folder, Checkpoint& checkpoint) {
         }
     }
     for (const auto& [name, tensor] : tensors) {
-        const bool part_of_packed = name.ends_with(".weight_packed") ||
-                                    name.ends_with(".weight_scale") ||
-                                    name.ends_with(".weight_shape");
+        const size_t dot = name.rfind('.');
+        const std::string leaf = dot == std::string::npos ? name : name.substr(dot);
+        const bool part_of_packed =
+            leaf == kPacked || ((leaf == ".weight_scale" || leaf == ".weight_shape") &&
+                                tensors.contains(name.substr(0, dot) + std::string(kPacked)));
         if (part_of_packed || name.ends_with("rotary_emb.inv_freq")) {
             continue;
         }

@@ -8,7 +8,8 @@
 //             scales: bf16[cols / group_size]   (compressed-tensors pack-quantized, symmetric)
 //   kQ8_0, kQ4_0, kQ4_1   GGUF blocks of 32 columns: 34, 18, 20 bytes (models.md 10.8)
 // The value used everywhere is the bf16 of performance.md 3.4; the f32 check mode uses the same
-// except that GGUF blocks (and F32/F16 files) keep their float32 value.
+// except that GGUF files keep their float32 value (F16 and F32 tensors of safetensors are rounded
+// at load in both).
 #pragma once
 
 #include <cstdint>
