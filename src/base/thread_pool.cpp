@@ -24,49 +24,54 @@ thread_local bool inside_region = false;
 
 }  // namespace
 
+// A region's ranges are claimed one by one from a ticket, so a worker that the system has not
+// scheduled yet delays nobody: the caller takes its range. The ticket holds the region's number,
+// how many ranges it has and the next one.
 struct ThreadPool::State {
     std::vector<std::thread> workers;
     std::mutex mutex;
     std::condition_variable wake;
-    std::atomic<uint64_t> generation{0};
-    std::atomic<int> pending{0};
+    std::atomic<uint64_t> ticket{0};
+    std::atomic<int> done{0};
     std::atomic<bool> stopping{false};
-    const std::function<void(int64_t, int64_t, int)>* body = nullptr;
-    int64_t count = 0;
-    int num_ranges = 1;
+    std::atomic<const std::function<void(int64_t, int64_t, int)>*> body{nullptr};
+    std::atomic<int64_t> count{0};
     std::mutex caller;  // two engines' threads may share one pool; regions are serialised
 
-    void run_range(int index) const {
-        if (index >= num_ranges) {
-            return;
-        }
-        const int64_t begin = count * index / num_ranges;
-        const int64_t end = count * (index + 1) / num_ranges;
-        if (begin < end) {
+    static bool has_range(uint64_t value) { return (value & 0xffff) < ((value >> 16) & 0xffff); }
+
+    // Claims and runs ranges until none is left. The fields are read after the claim: a claimed
+    // range keeps its region from ending.
+    void run_ranges() {
+        while (has_range(ticket.load(std::memory_order_acquire))) {
+            const uint64_t claimed = ticket.fetch_add(1, std::memory_order_acq_rel);
+            if (!has_range(claimed)) {
+                return;
+            }
+            const auto index = static_cast<int64_t>(claimed & 0xffff);
+            const auto ranges = static_cast<int64_t>((claimed >> 16) & 0xffff);
+            const int64_t all = count.load(std::memory_order_relaxed);
             inside_region = true;
-            (*body)(begin, end, index);
+            (*body.load(std::memory_order_relaxed))(
+                all* index / ranges, all * (index + 1) / ranges, static_cast<int>(index)
+            );
             inside_region = false;
+            done.fetch_add(1, std::memory_order_release);
         }
     }
 
-    void work(int index) {
-        uint64_t seen = 0;
-        for (;;) {
+    void work() {
+        while (!stopping.load()) {
             int spins = 0;
-            while (generation.load(std::memory_order_acquire) == seen && !stopping.load()) {
+            while (!has_range(ticket.load(std::memory_order_acquire)) && !stopping.load()) {
                 if (++spins < kSpins) {
                     relax();
                     continue;
                 }
                 std::unique_lock lock(mutex);
-                wake.wait(lock, [&] { return generation.load() != seen || stopping.load(); });
+                wake.wait(lock, [&] { return has_range(ticket.load()) || stopping.load(); });
             }
-            if (stopping.load()) {
-                return;
-            }
-            seen = generation.load(std::memory_order_acquire);
-            run_range(index);
-            pending.fetch_sub(1, std::memory_order_release);
+            run_ranges();
         }
     }
 };
@@ -74,7 +79,7 @@ struct ThreadPool::State {
 ThreadPool::ThreadPool(int num_threads) : state_(std::make_unique<State>()) {
     CHECK_GE(num_threads, 1);
     for (int i = 1; i < num_threads; ++i) {
-        state_->workers.emplace_back([this, i] { state_->work(i); });
+        state_->workers.emplace_back([this] { state_->work(); });
     }
 }
 
@@ -105,18 +110,22 @@ void ThreadPool::parallel_for(
         body(0, count, 0);
         return;
     }
+    CHECK_LT(ranges, 0xffff);
     std::lock_guard one_caller(state_->caller);
-    state_->body = &body;
-    state_->count = count;
-    state_->num_ranges = static_cast<int>(ranges);
-    state_->pending.store(num_threads() - 1, std::memory_order_relaxed);
+    State& state = *state_;
+    state.body.store(&body, std::memory_order_relaxed);
+    state.count.store(count, std::memory_order_relaxed);
+    state.done.store(0, std::memory_order_relaxed);
     {
-        std::lock_guard lock(state_->mutex);
-        state_->generation.fetch_add(1, std::memory_order_release);
+        std::lock_guard lock(state.mutex);
+        const uint64_t region = (state.ticket.load(std::memory_order_relaxed) >> 32) + 1;
+        state.ticket.store(
+            region << 32 | static_cast<uint64_t>(ranges) << 16, std::memory_order_release
+        );
     }
-    state_->wake.notify_all();
-    state_->run_range(0);
-    while (state_->pending.load(std::memory_order_acquire) != 0) {
+    state.wake.notify_all();
+    state.run_ranges();
+    while (state.done.load(std::memory_order_acquire) != ranges) {
         relax();
     }
 }
