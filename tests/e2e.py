@@ -88,7 +88,7 @@ def expect_same_run(a, b, what):
 
 def test_help_teaches_by_example(_):
     expect_ok(orbit("--help"), "--help")
-    for command in ("train", "resume", "eval", "generate", "verify", "parity", "score", "quantize", "inspect"):
+    for command in ("train", "resume", "eval", "generate", "verify", "parity", "score", "quantize", "inspect", "bench"):
         result = expect_ok(orbit(command, "--help"), command)
         expect(f"  orbit {command}" in result.out, f"{command} --help has no example")
 
