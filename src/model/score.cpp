@@ -106,7 +106,8 @@ std::vector<TokenScores> score_texts(
             const auto& text = texts[t];
             const int64_t left = static_cast<int64_t>(text.size()) - done;
             const int64_t take = options.chunk > 0 ? std::min(options.chunk, left) : left;
-            if (!batch.empty() && (options.chunk > 0 || batch.num_tokens() + take > options.tokens_per_batch)) {
+            if (!batch.empty() &&
+                (options.chunk > 0 || batch.num_tokens() + take > options.tokens_per_batch)) {
                 break;
             }
             const int64_t pages = pages_for(done + take);

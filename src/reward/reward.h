@@ -1,5 +1,6 @@
-// Reward: (question, answer, response) -> value and named parts. Built in, or the user's own program (reward.command).
-// A program that crashes, hangs or prints garbage is reported apart (Score::status) and never scored as a wrong answer.
+// Reward: (question, answer, response) -> value and named parts. Built in, or the user's own
+// program (reward.command). A program that crashes, hangs or prints garbage is reported apart
+// (Score::status) and never scored as a wrong answer.
 #pragma once
 
 #include <cstdint>
@@ -15,15 +16,15 @@ namespace orbit {
 
 struct RewardJob {
     const Example* example = nullptr;
-    std::string response;          // text, special tokens left out
+    std::string response;  // text, special tokens left out
     int64_t response_tokens = 0;
     FinishReason finish = FinishReason::kStop;
 };
 
 class Reward {
   public:
-    // UserError: unknown name (with the nearest one), a pattern that does not compile, a program that cannot start
-    // (with the end of its stderr).
+    // UserError: unknown name (with the nearest one), a pattern that does not compile, a program
+    // that cannot start (with the end of its stderr).
     explicit Reward(const RewardOptions& options);
     ~Reward();
     Reward(Reward&&) noexcept;

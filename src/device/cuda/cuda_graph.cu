@@ -5,7 +5,9 @@
 namespace orbit::cuda {
 
 void begin_capture(void* stream) {
-    CUDA_CHECK(cudaStreamBeginCapture(static_cast<cudaStream_t>(stream), cudaStreamCaptureModeThreadLocal));
+    CUDA_CHECK(
+        cudaStreamBeginCapture(static_cast<cudaStream_t>(stream), cudaStreamCaptureModeThreadLocal)
+    );
 }
 
 void* end_capture(void* stream) {
@@ -18,7 +20,9 @@ void* end_capture(void* stream) {
 }
 
 void launch_graph(void* graph, void* stream) {
-    CUDA_CHECK(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), static_cast<cudaStream_t>(stream)));
+    CUDA_CHECK(
+        cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), static_cast<cudaStream_t>(stream))
+    );
 }
 
 void destroy_graph(void* graph) {
