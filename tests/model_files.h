@@ -38,8 +38,10 @@ class Folder {
     std::string path_;
 };
 
-// Without the library's fsyncs, which cost more than the tests.
+// Without the library's fsyncs, which cost more than the tests. The old file goes first: some file
+// systems flush a file that is cut to nothing and written again.
 inline void write_plain(const std::string& path, const std::string& content) {
+    std::filesystem::remove(path);
     std::ofstream(path, std::ios::binary | std::ios::trunc) << content;
 }
 
@@ -67,8 +69,7 @@ struct TinyModel {
     nlohmann::json config;
 };
 
-inline TinyModel tiny_model(const std::string& family, bool tied = true) {
-    TinyModel m;
+inline TinyModel tiny_model(const std::string& family, bool tied = true, TinyModel m = {}) {
     m.family = family;
     m.tied = tied;
     std::mt19937 random(5);
@@ -152,17 +153,6 @@ inline std::string safetensors_text(const std::map<std::string, RawTensor>& tens
     std::string file(8, '\0');
     std::memcpy(file.data(), &length, 8);
     return file + text + data;
-}
-
-inline uint16_t half_of(float value) {
-    // Only for values that F16 holds: found by search, so it cannot share a mistake.
-    for (uint32_t bits = 0; bits < 0x10000; ++bits) {
-        const f16 candidate{static_cast<uint16_t>(bits)};
-        if (to_float(candidate) == value) {
-            return candidate.bits;
-        }
-    }
-    return 0x7e00;
 }
 
 inline RawTensor stored_as(const Dense& dense, const std::string& dtype) {
