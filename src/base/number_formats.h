@@ -8,7 +8,8 @@
 #if defined(__CUDACC__)
 #define ORBIT_HD __host__ __device__ inline
 #else
-#define ORBIT_HD inline
+// Always inlined: kernels of several instruction sets include this, and must not share one copy.
+#define ORBIT_HD [[gnu::always_inline]] inline
 #endif
 
 namespace orbit {
@@ -69,6 +70,36 @@ ORBIT_HD float to_float(f16 value) {
         return float_from_bits(sign | float_bits(magnitude));
     }
     return float_from_bits(sign | ((exponent + 112u) << 23) | (mantissa << 13));
+}
+
+// The eight-bit and four-bit formats of packed weights (models.md 10.1), by their codes.
+// E4M3 (fn): exponent bias 7, no infinity; 0x7f and 0xff are NaN.
+ORBIT_HD float e4m3_to_float(uint8_t code) {
+    const uint32_t sign = static_cast<uint32_t>(code & 0x80u) << 24;
+    const uint32_t exponent = (code >> 3) & 15u;
+    const uint32_t mantissa = code & 7u;
+    if ((code & 0x7fu) == 0x7fu) {
+        return float_from_bits(sign | 0x7fc00000u);
+    }
+    if (exponent == 0u) {
+        return float_from_bits(sign | float_bits(static_cast<float>(mantissa) * 0.001953125f));
+    }
+    return float_from_bits(sign | ((exponent + 120u) << 23) | (mantissa << 20));
+}
+
+// E8M0: 2^(code - 127); 0 is a float32 subnormal and 255 is NaN.
+ORBIT_HD float e8m0_to_float(uint8_t code) {
+    const uint32_t bits = static_cast<uint32_t>(code) << 23;
+    return float_from_bits(code == 0u ? 0x00400000u : code == 255u ? 0x7fc00000u : bits);
+}
+
+// E2M1, the low four bits: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives.
+ORBIT_HD float e2m1_to_float(uint32_t code) {
+    const uint32_t sign = (code & 8u) << 28;
+    const uint32_t exponent = (code >> 1) & 3u;
+    const uint32_t mantissa = code & 1u;
+    const uint32_t normal = ((exponent + 126u) << 23) | (mantissa << 22);
+    return float_from_bits(sign | (exponent == 0u ? mantissa * 0x3f000000u : normal));
 }
 
 // Stores a float in either activation type.

@@ -52,6 +52,72 @@ inline void decode_int4(
     }
 }
 
+// The scale of a group of NVFP4; both conventions round it to float before the product.
+inline float nvfp4_scale(const QuantizedMatrix& w, uint8_t code) {
+    const float scale = e4m3_to_float(code);
+    return w.global_divides ? scale / w.global_scale : scale * w.global_scale;
+}
+
+inline void decode_fp8(
+    const QuantizedMatrix& w, int64_t row, int64_t begin, int64_t count, float* out
+) {
+    const char* codes = weight_row(w, row, w.cols) + begin;
+    const int64_t blocks = (w.cols + kFp8Block - 1) / kFp8Block;
+    const auto* scales = static_cast<const float*>(w.block_scales) + row / kFp8Block * blocks;
+    for (int64_t i = 0; i < count;) {
+        const int64_t block = (begin + i) / kFp8Block;
+        const float scale = scales[block];
+        const int64_t run = std::min(count - i, (block + 1) * kFp8Block - begin - i);
+        for (int64_t j = 0; j < run; ++j) {
+            // Sign, exponent and mantissa moved to float's places; the factor corrects the bias
+            // and makes subnormal codes normal. NaN codes were refused at load.
+            const uint32_t code = static_cast<uint8_t>(codes[i + j]);
+            const uint32_t bits = ((code & 0x80u) << 24) | ((code & 0x7fu) << 20);
+            out[i + j] = float_from_bits(bits) * 0x1p120f * scale;
+        }
+        i += run;
+    }
+}
+
+// MXFP4 and NVFP4: groups of E2M1 nibbles with a scale each.
+inline void decode_fp4(
+    const QuantizedMatrix& w, int64_t row, int64_t begin, int64_t count, float* out
+) {
+    constexpr float kValues[16] = {
+        0.0f,
+        0.5f,
+        1.0f,
+        1.5f,
+        2.0f,
+        3.0f,
+        4.0f,
+        6.0f,
+        -0.0f,
+        -0.5f,
+        -1.0f,
+        -1.5f,
+        -2.0f,
+        -3.0f,
+        -4.0f,
+        -6.0f};
+    const bool nvfp4 = w.format == WeightFormat::kNvFp4;
+    const int64_t group = nvfp4 ? kNvFp4Group : kMxFp4Group;
+    const char* nibbles = weight_row(w, row, w.cols / 2);
+    const auto* scales = static_cast<const uint8_t*>(w.block_scales) + row * (w.cols / group);
+    for (int64_t i = 0; i < count;) {
+        const int64_t at = (begin + i) / group;
+        const float scale = nvfp4 ? nvfp4_scale(w, scales[at]) : e8m0_to_float(scales[at]);
+        const char* bytes = nibbles + (begin + i) / 2;
+        const int64_t run = std::min(count - i, (at + 1) * group - begin - i);
+        for (int64_t j = 0; j < run / 2; ++j) {
+            const auto byte = static_cast<uint8_t>(bytes[j]);
+            out[i + 2 * j] = kValues[byte & 15] * scale;
+            out[i + 2 * j + 1] = kValues[byte >> 4] * scale;
+        }
+        i += run;
+    }
+}
+
 inline void decode_q8_0(const char* block, float* out) {
     const float d = to_float(load_as<f16>(block));
     for (int64_t j = 0; j < kBlock; ++j) {
@@ -104,7 +170,16 @@ inline void decode_row(
             break;
         case WeightFormat::kInt4:
             decode_int4(w, row, begin, count, out);
-            exact = false;  // the check mode rounds INT4 products too
+            exact = false;  // the check mode rounds these products too
+            break;
+        case WeightFormat::kFp8:
+            decode_fp8(w, row, begin, count, out);
+            exact = false;
+            break;
+        case WeightFormat::kMxFp4:
+        case WeightFormat::kNvFp4:
+            decode_fp4(w, row, begin, count, out);
+            exact = false;
             break;
         default:
             decode_blocks(w, row, begin, count, out);

@@ -100,6 +100,95 @@ struct Int4Reader {
     }
 };
 
+struct Fp8Reader {
+    const char* data;
+    const float* scales;
+    int64_t stride;
+    int64_t blocks;
+
+    explicit Fp8Reader(const QuantizedMatrix& w)
+        : data(static_cast<const char*>(w.data)),
+          scales(static_cast<const float*>(w.block_scales)),
+          stride(w.cols),
+          blocks((w.cols + kFp8Block - 1) / kFp8Block) {}
+
+    __m512i read(int64_t row, int64_t column, __mmask32 mask) const {
+        const float scale = scales[row / kFp8Block * blocks + column / kFp8Block];
+        const __m256i codes = _mm256_maskz_loadu_epi8(mask, data + row * stride + column);
+        const __m512i words = _mm512_cvtepu8_epi16(codes);
+        // As f16, E4M3 differs by the exponent's bias alone: a factor of 2^8, exact.
+        const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(words, _mm512_set1_epi16(0x80)), 8);
+        const __m512i rest = _mm512_slli_epi16(_mm512_and_si512(words, _mm512_set1_epi16(0x7f)), 7);
+        const __m512i halves = _mm512_or_si512(sign, rest);
+        const __m512 factor = _mm512_set1_ps(256.0f);
+        const __m512 scales16 = _mm512_set1_ps(scale);
+        const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+        const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+        return round_pair(
+            _mm512_mul_ps(_mm512_mul_ps(low, factor), scales16),
+            _mm512_mul_ps(_mm512_mul_ps(high, factor), scales16)
+        );
+    }
+};
+
+inline __m512 e2m1_values() {
+    return _mm512_set_ps(
+        -6.0f,
+        -4.0f,
+        -3.0f,
+        -2.0f,
+        -1.5f,
+        -1.0f,
+        -0.5f,
+        -0.0f,
+        6.0f,
+        4.0f,
+        3.0f,
+        2.0f,
+        1.5f,
+        1.0f,
+        0.5f,
+        0.0f
+    );
+}
+
+// MXFP4 has one scale for 32 columns and NVFP4 two, so the table's halves differ for NVFP4.
+template <WeightFormat kFormat>
+struct Fp4Reader {
+    static constexpr bool kNvidia = kFormat == WeightFormat::kNvFp4;
+    static constexpr int64_t kScaleGroup = kNvidia ? kNvFp4Group : kMxFp4Group;
+    QuantizedMatrix w;
+
+    explicit Fp4Reader(const QuantizedMatrix& weight) : w(weight) {}
+
+    __m512i read(int64_t row, int64_t column, __mmask32 mask) const {
+        const auto* scales = static_cast<const uint8_t*>(w.block_scales) +
+                             row * (w.cols / kScaleGroup) + column / kScaleGroup;
+        const char* from = static_cast<const char*>(w.data) + (row * w.cols + column) / 2;
+        __m128i loaded;
+        __m512 low = e2m1_values();
+        __m512 high = low;
+        if constexpr (kNvidia) {
+            // A row may end after a group of 16.
+            const bool both = (mask >> 16) != 0;
+            loaded = _mm_maskz_loadu_epi8(both ? 0xffff : 0x00ff, from);
+            low = _mm512_mul_ps(low, _mm512_set1_ps(nvfp4_scale(w, scales[0])));
+            high = _mm512_mul_ps(high, _mm512_set1_ps(both ? nvfp4_scale(w, scales[1]) : 0.0f));
+        } else {
+            loaded = load_as<__m128i>(from);
+            low = _mm512_mul_ps(low, _mm512_set1_ps(e8m0_to_float(scales[0])));
+            high = low;
+        }
+        const __m512i bytes = _mm512_cvtepu8_epi32(loaded);
+        // Columns 16 to 31, the upper eight cells, look into the table's upper half.
+        const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+        const __m512i nibbles = _mm512_and_si512(
+            _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), _mm512_set1_epi16(15)
+        );
+        return _mm512_permutexvar_epi16(_mm512_or_si512(nibbles, half), round_pair(low, high));
+    }
+};
+
 // Low nibbles are columns 0 to 15 of the block, high nibbles 16 to 31.
 inline __m512i look_up_block(const char* nibbles, __m512 values) {
     const __m256i words = _mm256_cvtepu8_epi16(load_as<__m128i>(nibbles));
@@ -272,6 +361,12 @@ inline void pack_pair_panel(
                 return pack_pairs<Int4Reader>(p, n0, width, k0, depth, cells);
             }
             return pack_panel(p, n0, width, k0, depth, cells);
+        case WeightFormat::kFp8:
+            return pack_pairs<Fp8Reader>(p, n0, width, k0, depth, cells);
+        case WeightFormat::kMxFp4:
+            return pack_pairs<Fp4Reader<WeightFormat::kMxFp4>>(p, n0, width, k0, depth, cells);
+        case WeightFormat::kNvFp4:
+            return pack_pairs<Fp4Reader<WeightFormat::kNvFp4>>(p, n0, width, k0, depth, cells);
         case WeightFormat::kQ8_0:
             return pack_pairs<BlockReader<WeightFormat::kQ8_0>>(p, n0, width, k0, depth, cells);
         case WeightFormat::kQ4_0:

@@ -10,11 +10,17 @@ QuantizedMatrix place_weight(
     void* data = arena.take_bytes(name, data_bytes);
     copy_to_device(stream, data, host.data, data_bytes);
     placed.data = data;
-    if (host.scales != nullptr) {
-        const size_t scale_bytes = static_cast<size_t>(host.bytes()) - data_bytes;
+    const auto scale_bytes = static_cast<size_t>(host.scale_bytes());
+    if (scale_bytes > 0) {
+        const bool is_int4 = host.format == WeightFormat::kInt4;
         void* scales = arena.take_bytes(name, scale_bytes);
-        copy_to_device(stream, scales, host.scales, scale_bytes);
-        placed.scales = static_cast<const bf16*>(scales);
+        const void* from = is_int4 ? host.scales : host.block_scales;
+        copy_to_device(stream, scales, from, scale_bytes);
+        if (is_int4) {
+            placed.scales = static_cast<const bf16*>(scales);
+        } else {
+            placed.block_scales = scales;
+        }
     }
     // The host bytes may be a staging buffer that goes away.
     synchronize(stream);

@@ -45,6 +45,39 @@ void decode_int4(const QuantizedMatrix& w, int64_t row, int64_t begin, int64_t c
     }
 }
 
+// The scale of a group of NVFP4; both conventions round it to float before the product.
+float nvfp4_scale(const QuantizedMatrix& w, uint8_t code) {
+    const float scale = e4m3_to_float(code);
+    return w.global_divides ? scale / w.global_scale : scale * w.global_scale;
+}
+
+// Every product is rounded here, as that of INT4.
+void decode_fp8(const QuantizedMatrix& w, int64_t row, int64_t begin, int64_t count, float* out) {
+    const std::byte* codes = row_data(w, row);
+    const int64_t blocks = (w.cols + kFp8Block - 1) / kFp8Block;
+    const auto* scales = static_cast<const std::byte*>(w.block_scales) +
+                         row / kFp8Block * blocks * int64_t{sizeof(float)};
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t column = begin + i;
+        const float scale = load<float>(scales + column / kFp8Block * int64_t{sizeof(float)});
+        out[i] = round_to_bf16(e4m3_to_float(std::to_integer<uint8_t>(codes[column])) * scale);
+    }
+}
+
+void decode_fp4(const QuantizedMatrix& w, int64_t row, int64_t begin, int64_t count, float* out) {
+    const std::byte* bytes = row_data(w, row);
+    const bool nvfp4 = w.format == WeightFormat::kNvFp4;
+    const int64_t group = nvfp4 ? kNvFp4Group : kMxFp4Group;
+    const auto* scales = static_cast<const std::byte*>(w.block_scales) + row * (w.cols / group);
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t column = begin + i;
+        const auto byte = std::to_integer<uint32_t>(bytes[column / 2]);
+        const auto code = std::to_integer<uint8_t>(scales[column / group]);
+        const float scale = nvfp4 ? nvfp4_scale(w, code) : e8m0_to_float(code);
+        out[i] = round_to_bf16(e2m1_to_float(column % 2 == 0 ? byte : byte >> 4) * scale);
+    }
+}
+
 void decode_q8_0(const std::byte* block, float* out) {
     const float d = to_float(load<f16>(block));
     for (int64_t j = 0; j < kGgufBlock; ++j) {
@@ -111,6 +144,12 @@ const char* format_name(WeightFormat format) {
             return "Q4_0";
         case WeightFormat::kQ4_1:
             return "Q4_1";
+        case WeightFormat::kFp8:
+            return "FP8";
+        case WeightFormat::kMxFp4:
+            return "MXFP4";
+        case WeightFormat::kNvFp4:
+            return "NVFP4";
     }
     return "?";
 }
@@ -123,7 +162,11 @@ int64_t row_bytes(WeightFormat format, int64_t cols) {
         case WeightFormat::kF32:
             return 4 * cols;
         case WeightFormat::kInt4:
+        case WeightFormat::kMxFp4:
+        case WeightFormat::kNvFp4:
             return cols / 2;
+        case WeightFormat::kFp8:
+            return cols;
         case WeightFormat::kQ8_0:
             return cols / kGgufBlock * 34;
         case WeightFormat::kQ4_0:
@@ -134,10 +177,24 @@ int64_t row_bytes(WeightFormat format, int64_t cols) {
     return 0;
 }
 
+int64_t QuantizedMatrix::scale_bytes() const {
+    switch (format) {
+        case WeightFormat::kInt4:
+            return rows * (cols / group_size) * int64_t{sizeof(bf16)};
+        case WeightFormat::kFp8:
+            return (rows + kFp8Block - 1) / kFp8Block * ((cols + kFp8Block - 1) / kFp8Block) *
+                   int64_t{sizeof(float)};
+        case WeightFormat::kMxFp4:
+            return rows * (cols / kMxFp4Group);
+        case WeightFormat::kNvFp4:
+            return rows * (cols / kNvFp4Group);
+        default:
+            return 0;
+    }
+}
+
 int64_t QuantizedMatrix::bytes() const {
-    const int64_t scale_bytes =
-        format == WeightFormat::kInt4 ? rows * (cols / group_size) * int64_t{sizeof(bf16)} : 0;
-    return rows * row_bytes(format, cols) + scale_bytes;
+    return rows * row_bytes(format, cols) + scale_bytes();
 }
 
 void decode_f32(const QuantizedMatrix& w, int64_t row, int64_t begin, int64_t count, float* out) {
@@ -152,6 +209,11 @@ void decode_f32(const QuantizedMatrix& w, int64_t row, int64_t begin, int64_t co
             return decode_plain<f16>(row_data(w, row), begin, count, out);
         case WeightFormat::kInt4:
             return decode_int4(w, row, begin, count, out);
+        case WeightFormat::kFp8:
+            return decode_fp8(w, row, begin, count, out);
+        case WeightFormat::kMxFp4:
+        case WeightFormat::kNvFp4:
+            return decode_fp4(w, row, begin, count, out);
         case WeightFormat::kQ8_0:
         case WeightFormat::kQ4_0:
         case WeightFormat::kQ4_1:

@@ -34,10 +34,14 @@ constexpr WeightFormat kFormats[] = {
     WeightFormat::kQ8_0,
     WeightFormat::kQ4_0,
     WeightFormat::kQ4_1,
+    WeightFormat::kFp8,
+    WeightFormat::kMxFp4,
+    WeightFormat::kNvFp4,
 };
 
 const char* short_name(WeightFormat format) {
-    constexpr const char* kNames[] = {"bf16", "f32", "f16", "int4", "q8_0", "q4_0", "q4_1"};
+    constexpr const char* kNames[] = {
+        "bf16", "f32", "f16", "int4", "q8_0", "q4_0", "q4_1", "fp8", "mxfp4", "nvfp4"};
     return kNames[static_cast<size_t>(format)];
 }
 
@@ -233,6 +237,8 @@ void add_correctness_cases(CaseList& cases) {
             kind({format, 19, 96, 160});
         }
         kind({WeightFormat::kInt4, 7, 48, 64});
+        kind({WeightFormat::kNvFp4, 7, 48, 64});  // an odd number of groups
+        kind({WeightFormat::kFp8, 5, 270, 200});  // partial blocks in both directions
         kind({WeightFormat::kBF16, 5, 48, 392});
         kind({WeightFormat::kBF16, 3, 33, 7});
         kind({WeightFormat::kBF16, 1, 2, 1});
@@ -296,6 +302,8 @@ void add_linear_cases(CaseList& cases) {
             cases.push_back(f32_out_case(s, random));
         };
         add({WeightFormat::kBF16, 6, 48, 392, compute});
+        add({WeightFormat::kNvFp4, 6, 48, 64, compute});
+        add({WeightFormat::kFp8, 3, 270, 200, compute});
         for (const WeightFormat format : kFormats) {
             add({format, 17, 96, 99, compute});
         }

@@ -58,6 +58,63 @@ void add_int4_row(int64_t cols, int64_t group, Random& random, TestWeight& w) {
     }
 }
 
+// From the definition: sign, exponent of bias 7, mantissa of 3 bits, subnormals.
+float e4m3(uint8_t code) {
+    const int exponent = (code >> 3) & 15;
+    const int mantissa = code & 7;
+    const float magnitude = exponent == 0
+                                ? std::ldexp(static_cast<float>(mantissa), -9)
+                                : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+    return (code & 128) != 0 ? -magnitude : magnitude;
+}
+
+uint8_t random_e4m3(Random& random) {
+    const auto code = static_cast<uint8_t>(random.below(127));  // 127 is NaN
+    return static_cast<uint8_t>(code | (random.below(2) << 7));
+}
+
+void add_fp8(int64_t rows, int64_t cols, Random& random, TestWeight& w) {
+    const int64_t across = (cols + kFp8Block - 1) / kFp8Block;
+    const int64_t down = (rows + kFp8Block - 1) / kFp8Block;
+    std::vector<float> scales;
+    for (int64_t i = 0; i < across * down; ++i) {
+        scales.push_back(random.uniform(1e-4f, 3e-4f));
+        append(w.scales, scales.back());
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t c = 0; c < cols; ++c) {
+            const uint8_t code = random_e4m3(random);
+            append(w.data, code);
+            const auto at = static_cast<size_t>(row / kFp8Block * across + c / kFp8Block);
+            w.exact_values.push_back(round_to_bf16(e4m3(code) * scales[at]));
+        }
+    }
+}
+
+void add_fp4_row(int64_t cols, Random& random, TestWeight& w) {
+    constexpr float kMagnitudes[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+    const bool nvfp4 = w.shape.format == WeightFormat::kNvFp4;
+    const int64_t group = nvfp4 ? kNvFp4Group : kMxFp4Group;
+    std::vector<float> scales;
+    for (int64_t g = 0; g < cols / group; ++g) {
+        const auto code =
+            static_cast<uint8_t>(nvfp4 ? 0x28 + random.below(32) : 119 + random.below(4));
+        append(w.scales, code);
+        const float global = w.shape.global_scale;
+        const float scale = w.shape.global_divides ? e4m3(code) / global : e4m3(code) * global;
+        scales.push_back(nvfp4 ? scale : std::ldexp(1.0f, code - 127));
+    }
+    for (int64_t c = 0; c < cols; c += 2) {
+        const auto low = static_cast<int>(random.below(16));
+        const auto high = static_cast<int>(random.below(16));
+        append(w.data, static_cast<uint8_t>(low | (high << 4)));
+        for (const int q : {low, high}) {
+            const float magnitude = kMagnitudes[q & 7] * scales[static_cast<size_t>(c / group)];
+            w.exact_values.push_back(round_to_bf16(q >= 8 ? -magnitude : magnitude));
+        }
+    }
+}
+
 void add_block(WeightFormat format, Random& random, TestWeight& w) {
     const f16 d =
         random_half(random, kHalfScale - (format == WeightFormat::kQ8_0 ? 0x1000 : 0), true);
@@ -102,6 +159,21 @@ TestWeight make_weight(WeightFormat format, int64_t rows, int64_t cols, Random& 
                 add_int4_row(cols, w.shape.group_size, random, w);
             }
             break;
+        case WeightFormat::kFp8:
+            add_fp8(rows, cols, random, w);
+            break;
+        case WeightFormat::kNvFp4:
+            w.shape.global_divides = random.below(2) == 1;
+            w.shape.global_scale = random.uniform(0.02f, 0.03f);
+            if (w.shape.global_divides) {
+                w.shape.global_scale = 1.0f / w.shape.global_scale;
+            }
+            [[fallthrough]];
+        case WeightFormat::kMxFp4:
+            for (int64_t row = 0; row < rows; ++row) {
+                add_fp4_row(cols, random, w);
+            }
+            break;
         default:
             for (int64_t i = 0; i < rows * cols / 32; ++i) {
                 add_block(format, random, w);
@@ -120,8 +192,9 @@ TestWeight make_weight(WeightFormat format, int64_t rows, int64_t cols, Random& 
 QuantizedMatrix at_tensors(const QuantizedMatrix& shape, const Tensor& data, const Tensor& scales) {
     QuantizedMatrix w = shape;
     w.data = data.data;
-    w.scales =
-        shape.format == WeightFormat::kInt4 ? static_cast<const bf16*>(scales.data) : nullptr;
+    const bool is_int4 = shape.format == WeightFormat::kInt4;
+    w.scales = is_int4 ? static_cast<const bf16*>(scales.data) : nullptr;
+    w.block_scales = is_int4 ? nullptr : scales.data;
     return w;
 }
 
