@@ -9,6 +9,7 @@
 #include "ops/dense.h"
 #include "ops/embed.h"
 #include "ops/logprob.h"
+#include "ops/moe.h"
 #include "ops/norm.h"
 #include "ops/optimizer.h"
 #include "ops/rope.h"
@@ -68,6 +69,27 @@ void token_logprobs_backward(
 );
 void sample_tokens(
     Stream& stream, const HeadParams& p, const SampleRow* rows, int32_t* tokens, float* logprob
+);
+void route(Stream& stream, const RouterParams& p, const Routing& routing);
+void route_backward(
+    Stream& stream, const RouterParams& p, const Routing& routing, const float* d_weight, Tensor dx
+);
+void dispatch_rows(Stream& stream, const Routing& routing, Tensor x, Tensor y);
+void dispatch_rows_backward(
+    Stream& stream, const Routing& routing, Tensor dy, Tensor dx, bool accumulate
+);
+void combine_rows(Stream& stream, const Routing& routing, Tensor x, Tensor residual, Tensor y);
+void combine_rows_backward(
+    Stream& stream, const Routing& routing, Tensor x, Tensor dy, Tensor dx, float* d_weight
+);
+void grouped_linear(Stream& stream, const GroupedLinearParams& p, Tensor y);
+void grouped_linear_backward(
+    Stream& stream,
+    const GroupedLinearParams& p,
+    Tensor dy,
+    Tensor dx,
+    bool accumulate_dx,
+    std::span<const AdapterGrad> grads
 );
 void advance_decode(Stream& stream, const DecodeState& state);
 void adamw(

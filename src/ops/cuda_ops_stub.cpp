@@ -97,6 +97,38 @@ void sample_tokens(Stream&, const HeadParams&, const SampleRow*, int32_t*, float
     no_cuda();
 }
 
+void route(Stream&, const RouterParams&, const Routing&) {
+    no_cuda();
+}
+
+void route_backward(Stream&, const RouterParams&, const Routing&, const float*, Tensor) {
+    no_cuda();
+}
+
+void dispatch_rows(Stream&, const Routing&, Tensor, Tensor) {
+    no_cuda();
+}
+
+void dispatch_rows_backward(Stream&, const Routing&, Tensor, Tensor, bool) {
+    no_cuda();
+}
+
+void combine_rows(Stream&, const Routing&, Tensor, Tensor, Tensor) {
+    no_cuda();
+}
+
+void combine_rows_backward(Stream&, const Routing&, Tensor, Tensor, Tensor, float*) {
+    no_cuda();
+}
+
+void grouped_linear(Stream&, const GroupedLinearParams&, Tensor) {
+    no_cuda();
+}
+
+void grouped_linear_backward(Stream&, const GroupedLinearParams&, Tensor, Tensor, bool, std::span<const AdapterGrad>) {
+    no_cuda();
+}
+
 void advance_decode(Stream&, const DecodeState&) {
     no_cuda();
 }

@@ -13,5 +13,6 @@ void add_activation_cases(CaseList& cases);
 void add_logprob_cases(CaseList& cases);
 void add_embed_cases(CaseList& cases);
 void add_optimizer_cases(CaseList& cases);
+void add_moe_cases(CaseList& cases);
 
 }  // namespace orbit::opcheck

@@ -1,0 +1,78 @@
+// Mixture of experts (models.md 1.6, 4): route, sort rows by expert, grouped linear, combine.
+//
+// Nothing here depends on how many tokens the batch holds: a token's experts come from its own row,
+// ties go to the lower expert, and its outputs are combined in ascending expert order. Routing
+// stays on the device. T tokens, K experts per token, E experts, R = T K routed rows.
+#pragma once
+
+#include <span>
+
+#include "device/device.h"
+#include "ops/dense.h"
+
+namespace orbit {
+
+struct RouterParams {
+    Tensor x;                  // [T, D]
+    QuantizedMatrix weight;    // [E, D]; logits accumulate in fp32 and are not rounded
+    int32_t num_selected = 0;  // K
+    bool normalize = true;     // weights of the chosen experts sum to 1
+};
+
+// All device memory, filled by route().
+struct Routing {
+    int32_t num_tokens = 0;
+    int32_t num_experts = 0;
+    int32_t num_selected = 0;
+    float* scores = nullptr;      // [T, E] softmax over all experts
+    int32_t* expert = nullptr;    // [T, K] ascending in each token
+    float* weight = nullptr;      // [T, K]
+    int32_t* offsets = nullptr;   // [E + 1] rows of expert e are [offsets[e], offsets[e + 1])
+    int32_t* token_of = nullptr;  // [R] token of a sorted row; ascending inside an expert
+    int32_t* row_of = nullptr;    // [T, K] the sorted row of a token's k-th expert
+};
+
+Routing make_routing(
+    Stream& stream, int64_t tokens, int64_t experts, int64_t selected
+);  // from stream.scratch
+void route(Stream& stream, const RouterParams& p, const Routing& routing);
+// dx += the gradient that reaches x through the weights. d_weight: float32 [T, K].
+void route_backward(
+    Stream& stream, const RouterParams& p, const Routing& routing, const float* d_weight, Tensor dx
+);
+
+// y[r] = x[token_of[r]]; and its adjoint dx[t] (+)= sum over k, ascending, of dy[row_of[t, k]].
+void dispatch_rows(Stream& stream, const Routing& routing, Tensor x, Tensor y);
+void dispatch_rows_backward(
+    Stream& stream, const Routing& routing, Tensor dy, Tensor dx, bool accumulate
+);
+
+// y[t] = round(residual[t] + sum over k, ascending, of weight[t, k] * x[row_of[t, k]]), fp32
+// inside.
+void combine_rows(Stream& stream, const Routing& routing, Tensor x, Tensor residual, Tensor y);
+// dx[r] = weight * dy[t], d_weight[t, k] = dy[t] . x[row].
+void combine_rows_backward(
+    Stream& stream, const Routing& routing, Tensor x, Tensor dy, Tensor dx, float* d_weight
+);
+
+// y[r] = linear of row r with its expert's weight and adapter. experts, adapters: one per expert,
+// host arrays; adapters empty: none. The same arithmetic as linear() on the expert's rows alone.
+struct GroupedLinearParams {
+    Tensor x;                                  // [R, in]
+    std::span<const QuantizedMatrix> experts;  // [E] of [out, in]
+    std::span<const AdapterView> adapters;
+    const int32_t* offsets = nullptr;  // [E + 1], device
+};
+
+void grouped_linear(Stream& stream, const GroupedLinearParams& p, Tensor y);
+// grads: one per expert, or empty. Overwrites or adds to dx.
+void grouped_linear_backward(
+    Stream& stream,
+    const GroupedLinearParams& p,
+    Tensor dy,
+    Tensor dx,
+    bool accumulate_dx,
+    std::span<const AdapterGrad> grads
+);
+
+}  // namespace orbit
