@@ -7,9 +7,9 @@
 namespace orbit {
 namespace {
 
-// Left over from training or from other programs; no part of the forward pass.
+// Left over from training; no part of the forward pass.
 bool is_ignorable(const std::string& name) {
-    return name.ends_with("rotary_emb.inv_freq") || name.ends_with("_proj.input_scale");
+    return name.ends_with("rotary_emb.inv_freq");
 }
 
 }  // namespace
@@ -29,6 +29,22 @@ std::string shape_text(const std::vector<int64_t>& shape) {
     }
     return text + "]";
 }
+
+namespace {
+
+void expect_experts(
+    const ModelConfig& c, const std::string& layer, std::vector<ExpectedWeight>& list
+) {
+    list.push_back({layer + "mlp.gate.weight", {c.num_experts, c.width}});
+    for (int64_t e = 0; e < c.num_experts; ++e) {
+        const std::string expert = fmt::format("{}mlp.experts.{}.", layer, e);
+        list.push_back({expert + "gate_proj.weight", {c.expert_width, c.width}, true});
+        list.push_back({expert + "up_proj.weight", {c.expert_width, c.width}, true});
+        list.push_back({expert + "down_proj.weight", {c.width, c.expert_width}, true});
+    }
+}
+
+}  // namespace
 
 std::vector<ExpectedWeight> expected_weights(const ModelConfig& c) {
     std::vector<ExpectedWeight> list;
@@ -53,6 +69,10 @@ std::vector<ExpectedWeight> expected_weights(const ModelConfig& c) {
         }
         list.push_back({attention + "o_proj.weight", {c.width, q_width}, true});
         list.push_back({layer + "post_attention_layernorm.weight", {c.width}});
+        if (c.layer_has_experts(l)) {
+            expect_experts(c, layer, list);
+            continue;
+        }
         list.push_back({layer + "mlp.gate_proj.weight", {c.mlp_width, c.width}, true});
         list.push_back({layer + "mlp.up_proj.weight", {c.mlp_width, c.width}, true});
         list.push_back({layer + "mlp.down_proj.weight", {c.width, c.mlp_width}, true});

@@ -24,8 +24,11 @@ struct StoredWeight {
     std::vector<int64_t> shape;       // logical and row-major: [out, in], or [n]
     std::span<const std::byte> data;  // unaligned
     std::span<const std::byte> scales;
-    WeightFormat scale_format = WeightFormat::kBF16;  // kInt4: BF16, F16 or F32
+    WeightFormat scale_format = WeightFormat::kBF16;  // kInt4, kFp8: BF16, F16 or F32
     int32_t group_size = 32;                          // kInt4
+    bool e8m0_scales = false;                         // kFp8: instead of scale_format
+    float global_scale = 1;                           // kNvFp4, as in QuantizedMatrix
+    bool global_divides = false;
     // Heads whose rows are stored in the interleaved rope order (q and k of llama GGUF files); 0:
     // rows are as Hugging Face has them.
     int64_t interleaved_heads = 0;
@@ -70,7 +73,7 @@ Checkpoint open_gguf(const std::string& file, const OpenOptions& options);
 struct ExpectedWeight {
     std::string name;
     std::vector<int64_t> shape;
-    bool linear = false;  // one of the seven matrices of a layer
+    bool linear = false;  // a matrix of a layer that may be quantised and adapted
 };
 
 std::vector<ExpectedWeight> expected_weights(const ModelConfig& config);

@@ -18,10 +18,11 @@ struct Family {
     bool qk_norm;
 };
 
-constexpr std::array<Family, 3> kFamilies = {{
+constexpr std::array<Family, 4> kFamilies = {{
     {"llama", false, false},
     {"qwen2", true, false},
     {"qwen3", false, true},
+    {"qwen3_moe", false, true},
 }};
 
 // One JSON object with sentences for what is missing or of another type. null counts as absent, as
@@ -247,6 +248,32 @@ void refuse_unsupported(const Fields& config, const ModelConfig& model) {
     }
 }
 
+// FP8 in blocks of 128 x 128; other blocks have another meaning.
+void check_fp8(const Fields& quantization) {
+    const json* block = quantization.find("weight_block_size");
+    USER_CHECK(
+        block != nullptr && *block == json::array({kFp8Block, kFp8Block}),
+        "{}: \"weight_block_size\" must be [128, 128]; FP8 weights with other blocks are not "
+        "supported.",
+        quantization.where()
+    );
+}
+
+// The number format of compressed-tensors' groups; the tensors themselves say the rest.
+void check_group(const Fields& weights, const std::string& format) {
+    const bool is_int = format == "pack-quantized";
+    const std::string strategy = format == "nvfp4-pack-quantized" ? "tensor_group" : "group";
+    USER_CHECK(
+        weights.integer("num_bits", 4) == 4 &&
+            weights.text("type", is_int ? "int" : "float") == (is_int ? "int" : "float") &&
+            weights.boolean("symmetric", true) && weights.text("strategy", strategy) == strategy &&
+            weights.text("actorder", "").empty(),
+        "{}: of {}, only symmetric 4-bit weights in groups, without actorder, are supported.",
+        weights.where(),
+        format
+    );
+}
+
 void check_quantization(const Fields& config) {
     const auto quantization = config.object("quantization_config");
     if (!quantization) {
@@ -254,10 +281,19 @@ void check_quantization(const Fields& config) {
     }
     const std::string method = quantization->text("quant_method", "");
     const std::string format = quantization->text("format", "");
+    if (method == "fp8") {
+        return check_fp8(*quantization);
+    }
+    if (method == "modelopt" && quantization->text("quant_algo", "") == "NVFP4") {
+        return;
+    }
     USER_CHECK(
-        method == "compressed-tensors" && format == "pack-quantized",
+        method == "compressed-tensors" &&
+            (format == "pack-quantized" || format == "mxfp4-pack-quantized" ||
+             format == "nvfp4-pack-quantized"),
         "{}: quant_method \"{}\" with format \"{}\" is not supported; plain BF16, F16 and F32 "
-        "weights and compressed-tensors pack-quantized INT4 are.",
+        "weights, fp8 in 128 x 128 blocks, ModelOpt NVFP4 and compressed-tensors' pack-quantized "
+        "(INT4), mxfp4-pack-quantized and nvfp4-pack-quantized are.",
         quantization->where(),
         method,
         format
@@ -270,21 +306,40 @@ void check_quantization(const Fields& config) {
         USER_CHECK(group.is_object(), "{}: \"{}\" must be an object.", groups->where(), name);
         const Fields group_fields(group, groups->where() + ": " + name);
         const auto weights = group_fields.object("weights");
-        if (!weights) {
-            continue;
+        if (weights) {
+            check_group(*weights, format);
         }
-        USER_CHECK(
-            weights->integer("num_bits", 4) == 4 && weights->text("type", "int") == "int" &&
-                weights->boolean("symmetric", true) &&
-                weights->text("strategy", "group") == "group" &&
-                weights->text("actorder", "").empty(),
-            "{}: only symmetric INT4 weights in groups, without actorder, are supported.",
-            weights->where()
-        );
+    }
+}
+
+// num_experts in older files, num_local_experts in those of transformers 5.
+void parse_experts(const Fields& config, ModelConfig& model) {
+    model.num_experts = config.find("num_experts") != nullptr ? config.integer("num_experts")
+                                                              : config.integer("num_local_experts");
+    model.experts_per_token = config.integer("num_experts_per_tok");
+    model.expert_width = config.integer("moe_intermediate_size");
+    model.normalize_router = config.boolean("norm_topk_prob", false);
+    model.sparse_step = config.integer("decoder_sparse_step", 1);
+    if (const json* layers = config.find("mlp_only_layers")) {
+        USER_CHECK(layers->is_array(), "{}: \"mlp_only_layers\" must be a list.", config.where());
+        for (const json& layer : *layers) {
+            USER_CHECK(
+                layer.is_number_integer(),
+                "{}: \"mlp_only_layers\" must hold layer numbers.",
+                config.where()
+            );
+            model.mlp_only_layers.push_back(layer.get<int64_t>());
+        }
     }
 }
 
 }  // namespace
+
+bool ModelConfig::layer_has_experts(int64_t layer) const {
+    return num_experts > 0 && (layer + 1) % sparse_step == 0 &&
+           std::find(mlp_only_layers.begin(), mlp_only_layers.end(), layer) ==
+               mlp_only_layers.end();
+}
 
 void apply_family(ModelConfig& config, const std::string& family, const std::string& where) {
     std::string known;
@@ -330,6 +385,12 @@ void check_config(const ModelConfig& config, const std::string& where) {
         config.head_dim,
         config.num_kv_heads
     );
+    if (config.family == "qwen3_moe") {
+        between("number of experts", config.num_experts, 1, 1 << 16);
+        between("number of experts per token", config.experts_per_token, 1, config.num_experts);
+        between("MLP width of an expert", config.expert_width, 1, 1 << 22);
+        between("step between layers with experts", config.sparse_step, 1, 4096);
+    }
     USER_CHECK(
         config.norm_eps >= 0 && config.norm_eps < 1,
         "{}: the RMSNorm epsilon {} is not between 0 and 1.",
@@ -379,11 +440,14 @@ HfConfig parse_hf_config(std::string_view json_text, const std::string& file) {
     model.num_kv_heads = config.integer("num_key_value_heads", model.num_heads);
     USER_CHECK(model.num_heads > 0, "{}: \"num_attention_heads\" must be above 0.", file);
     model.head_dim =
-        config.integer("head_dim", model.family == "qwen3" ? 128 : model.width / model.num_heads);
+        config.integer("head_dim", model.qk_norm ? 128 : model.width / model.num_heads);
     model.vocab_size = config.integer("vocab_size");
     model.max_positions = config.integer("max_position_embeddings", 2048);
     model.norm_eps = static_cast<float>(config.number("rms_norm_eps", 1e-6));
     model.tied_embeddings = config.boolean("tie_word_embeddings", false);
+    if (model.family == "qwen3_moe") {
+        parse_experts(config, model);
+    }
     parse_rope(config, model);
     check_config(model, file);
     result.eos_ids = eos_ids_of(config);

@@ -31,6 +31,11 @@ NormRopeParams rope_params(const Pass& pass, Tensor x, const float* norm_weight)
     return p;
 }
 
+// The router's weights of the chosen experts, as an activation with a gradient.
+Tensor router_weights(const Routing& routing) {
+    return make_tensor(routing.weight, DType::kF32, {routing.num_tokens, routing.num_selected});
+}
+
 }  // namespace
 
 Tensor Pass::rms_norm(Tensor x, const float* weight) {
@@ -130,9 +135,92 @@ Tensor Pass::swiglu(Tensor gate, Tensor up) {
     return y;
 }
 
+Routing Pass::route(Tensor x, const QuantizedMatrix& router) {
+    const ModelConfig& c = model.config;
+    const Routing routing = make_routing(stream, x.rows(), router.rows, c.experts_per_token);
+    RouterParams p;
+    p.x = x;
+    p.weight = router;
+    p.num_selected = routing.num_selected;
+    p.normalize = c.normalize_router;
+    orbit::route(stream, p, routing);
+    if (tape != nullptr) {
+        tape->record([this, p, routing](Tape& t) {
+            const Tensor d_weight = t.of_output(router_weights(routing));
+            const auto dx = t.of_input(p.x);
+            if (!dx.accumulate) {
+                zero_fill(stream, dx.grad.data, static_cast<size_t>(dx.grad.bytes()));
+            }
+            route_backward(stream, p, routing, d_weight.as<float>(), dx.grad);
+        });
+    }
+    return routing;
+}
+
+Tensor Pass::dispatch(const Routing& routing, Tensor x) {
+    const Tensor y = scratch_like(*this, x.rows() * routing.num_selected, x.cols());
+    dispatch_rows(stream, routing, x, y);
+    if (tape != nullptr) {
+        tape->record([this, routing, x, y](Tape& t) {
+            const Tensor dy = t.of_output(y);
+            const auto dx = t.of_input(x);
+            dispatch_rows_backward(stream, routing, dy, dx.grad, dx.accumulate);
+        });
+    }
+    return y;
+}
+
+Tensor Pass::grouped_linear(const Routing& routing, Tensor x, const ExpertWeights& weights) {
+    const Tensor y = scratch_like(*this, x.rows(), weights.w[0].rows);
+    std::vector<AdapterView> adapters;
+    if (adapter != nullptr && slot != kNoAdapter) {
+        bool any = false;
+        for (const int32_t site : weights.sites) {
+            adapters.push_back(adapter->view(slot, site));
+            any = any || adapters.back().kind != AdapterKind::kNone;
+        }
+        if (!any) {
+            adapters.clear();
+        }
+    }
+    const GroupedLinearParams p{x, weights.w, adapters, routing.offsets};
+    orbit::grouped_linear(stream, p, y);
+    if (tape != nullptr) {
+        tape->record([this, p, y, &weights, views = std::move(adapters)](Tape& t) {
+            GroupedLinearParams again = p;
+            again.adapters = views;
+            std::vector<AdapterGrad> grads;
+            for (size_t e = 0; e < views.size(); ++e) {
+                grads.push_back(adapter->gradient(weights.sites[e]));
+            }
+            const Tensor dy = t.of_output(y);
+            const auto dx = t.of_input(p.x);
+            grouped_linear_backward(stream, again, dy, dx.grad, dx.accumulate, grads);
+        });
+    }
+    return y;
+}
+
+Tensor Pass::combine(const Routing& routing, Tensor x, Tensor residual, Tensor out) {
+    combine_rows(stream, routing, x, residual, out);
+    if (tape != nullptr) {
+        tape->record([this, routing, x, residual, out](Tape& t) {
+            const Tensor dy = t.of_output(out);
+            const auto dx = t.of_input(x);
+            const auto d_weight = t.of_input(router_weights(routing));
+            CHECK(!dx.accumulate && !d_weight.accumulate, "(expert outputs have one use)");
+            combine_rows_backward(stream, routing, x, dy, dx.grad, d_weight.grad.as<float>());
+            t.alias(residual, dy);
+        });
+    }
+    return out;
+}
+
 Tensor forward_layer(Pass& pass, int64_t index, Tensor x, Tensor out) {
     const LayerWeights& weights = pass.model.layers[static_cast<size_t>(index)];
-    return llama_layer(pass, weights, pass.kv.layer(index), x, out);
+    const KvView pages = pass.kv.layer(index);
+    return weights.moe ? qwen3_moe_layer(pass, weights, pages, x, out)
+                       : llama_layer(pass, weights, pages, x, out);
 }
 
 Tensor forward_hidden(Pass& pass, std::vector<Tensor>* layer_inputs) {

@@ -12,6 +12,7 @@
 #include "model/model.h"
 #include "model/tape.h"
 #include "ops/logprob.h"
+#include "ops/moe.h"
 
 namespace orbit {
 
@@ -34,6 +35,11 @@ struct Pass {
     Tensor norm_rope(Tensor x, const float* norm_weight);  // x: [T, heads, head_dim]
     Tensor attention(Tensor q, Tensor k, Tensor v, KvView pages);
     Tensor swiglu(Tensor gate, Tensor up);
+    // Mixture of experts: T tokens become T K rows sorted by expert, and T tokens again.
+    Routing route(Tensor x, const QuantizedMatrix& router);
+    Tensor dispatch(const Routing& routing, Tensor x);
+    Tensor grouped_linear(const Routing& routing, Tensor x, const ExpertWeights& weights);
+    Tensor combine(const Routing& routing, Tensor x, Tensor residual, Tensor out);
 };
 
 // x after layer `index`; written to `out` ([T, width]).

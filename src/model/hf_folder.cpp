@@ -1,11 +1,13 @@
 // A Hugging Face folder (models.md 9): config, one or many safetensors files, tokenizer, template.
 #include <cstring>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "base/error.h"
 #include "base/log.h"
 #include "model/checkpoint.h"
 #include "model/config.h"
+#include "model/packed_weights.h"
 
 namespace orbit {
 namespace {
@@ -42,8 +44,6 @@ std::map<std::string, std::string> read_index(const std::string& path) {
     return files;
 }
 
-using TensorMap = std::map<std::string, const StoredTensor*>;
-
 TensorMap open_safetensors(const std::string& folder, Checkpoint& checkpoint) {
     TensorMap tensors;
     const std::string single = folder + "/model.safetensors";
@@ -74,128 +74,23 @@ TensorMap open_safetensors(const std::string& folder, Checkpoint& checkpoint) {
     return tensors;
 }
 
-StoredWeight plain_weight(const StoredTensor& tensor) {
-    StoredWeight weight;
-    weight.name = tensor.name;
-    weight.file = tensor.file;
-    weight.shape = tensor.shape;
-    weight.data = tensor.bytes;
-    USER_CHECK(
-        tensor.dtype == "BF16" || tensor.dtype == "F16" || tensor.dtype == "F32",
-        "{}: the tensor \"{}\" is {}; BF16, F16 and F32 are supported.",
-        tensor.file,
-        tensor.name,
-        tensor.dtype
-    );
-    weight.format = tensor.dtype == "BF16"  ? WeightFormat::kBF16
-                    : tensor.dtype == "F16" ? WeightFormat::kF16
-                                            : WeightFormat::kF32;
-    return weight;
-}
-
-const StoredTensor& sibling(
-    const TensorMap& tensors, const StoredTensor& packed, const std::string& name
-) {
-    const auto found = tensors.find(name);
-    USER_CHECK(
-        found != tensors.end(),
-        "{}: the tensor \"{}\" has no \"{}\" beside it.",
-        packed.file,
-        packed.name,
-        name
-    );
-    return *found->second;
-}
-
-// weight_shape: two integers (I32 or I64), the unpacked [out, in].
-std::vector<int64_t> unpacked_shape(const StoredTensor& shape) {
-    USER_CHECK(
-        shape.numel() == 2 && (shape.dtype == "I32" || shape.dtype == "I64"),
-        "{}: the tensor \"{}\" must hold two I32 or I64 sizes.",
-        shape.file,
-        shape.name
-    );
-    std::vector<int64_t> dims;
-    for (size_t i = 0; i < 2; ++i) {
-        int64_t value = 0;
-        if (shape.dtype == "I32") {
-            int32_t narrow = 0;
-            std::memcpy(&narrow, shape.bytes.data() + i * sizeof narrow, sizeof narrow);
-            value = narrow;
-        } else {
-            std::memcpy(&value, shape.bytes.data() + i * sizeof value, sizeof value);
-        }
-        dims.push_back(value);
-    }
-    return dims;
-}
-
-// compressed-tensors pack-quantized, symmetric INT4 (models.md 10.4).
-StoredWeight packed_weight(
-    const TensorMap& tensors, const StoredTensor& packed, const std::string& module
-) {
-    const StoredTensor& scale = sibling(tensors, packed, module + ".weight_scale");
-    const StoredTensor& shape = sibling(tensors, packed, module + ".weight_shape");
-    for (const char* refused : {".weight_zero_point", ".weight_g_idx"}) {
-        USER_CHECK(
-            !tensors.contains(module + refused),
-            "{}: \"{}{}\" belongs to asymmetric or reordered INT4, which is not supported.",
-            packed.file,
-            module,
-            refused
-        );
-    }
-    StoredWeight weight = plain_weight(scale);
-    weight.scale_format = weight.format;
-    weight.format = WeightFormat::kInt4;
-    weight.name = packed.name;
-    weight.file = packed.file;
-    weight.data = packed.bytes;
-    weight.scales = scale.bytes;
-    weight.shape = unpacked_shape(shape);
-    const int64_t rows = weight.shape[0];
-    const int64_t cols = weight.shape[1];
-    const bool fits = packed.dtype == "I32" && packed.shape.size() == 2 &&
-                      scale.shape.size() == 2 && rows > 0 && cols > 0 && cols % 32 == 0 &&
-                      packed.shape[0] == rows && packed.shape[1] == cols / 8 &&
-                      scale.shape[0] == rows && scale.shape[1] > 0 && cols % scale.shape[1] == 0 &&
-                      (cols / scale.shape[1]) % 32 == 0 && cols / scale.shape[1] <= 1024;
-    USER_CHECK(
-        fits,
-        "{}: \"{}\" ({} {}) and its scales {} do not make an INT4 matrix {} with groups of a "
-        "multiple of 32 columns.",
-        packed.file,
-        packed.name,
-        packed.dtype,
-        shape_text(packed.shape),
-        shape_text(scale.shape),
-        shape_text(weight.shape)
-    );
-    weight.group_size = static_cast<int32_t>(cols / scale.shape[1]);
-    return weight;
-}
-
 void read_weights(const std::string& folder, Checkpoint& checkpoint) {
     const TensorMap tensors = open_safetensors(folder, checkpoint);
-    constexpr std::string_view kPacked = ".weight_packed";
+    std::set<std::string> consumed;
     for (const auto& [name, tensor] : tensors) {
-        if (name.ends_with(kPacked)) {
-            const std::string module = name.substr(0, name.size() - kPacked.size());
-            checkpoint.weights.emplace(module + ".weight", packed_weight(tensors, *tensor, module));
+        if (auto weight = read_packed_weight(tensors, *tensor, consumed)) {
+            const std::string stored_as = name.substr(0, name.rfind('.')) + ".weight";
+            checkpoint.weights.emplace(stored_as, std::move(*weight));
         }
     }
     for (const auto& [name, tensor] : tensors) {
-        const size_t dot = name.rfind('.');
-        const std::string leaf = dot == std::string::npos ? name : name.substr(dot);
-        const bool part_of_packed =
-            leaf == kPacked || ((leaf == ".weight_scale" || leaf == ".weight_shape") &&
-                                tensors.contains(name.substr(0, dot) + std::string(kPacked)));
-        if (part_of_packed || name.ends_with("rotary_emb.inv_freq")) {
+        if (consumed.contains(name) || is_left_over(name)) {
             continue;
         }
-        const bool added = checkpoint.weights.emplace(name, plain_weight(*tensor)).second;
+        const bool added = checkpoint.weights.emplace(name, read_plain_weight(*tensor)).second;
         USER_CHECK(added, "{}: \"{}\" is there both packed and plain.", tensor->file, name);
     }
+    split_fused_experts(checkpoint);
 }
 
 // transformers ties the head only when the file holds no other one.

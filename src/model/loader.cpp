@@ -58,10 +58,31 @@ class WeightLoader {
         w.k = linear(attention + "k_proj", config.qkv_bias);
         w.v = linear(attention + "v_proj", config.qkv_bias);
         w.o = linear(attention + "o_proj", false);
+        if (config.layer_has_experts(static_cast<int64_t>(model_.layers.size()))) {
+            w.moe = experts(prefix + "mlp.");
+            return w;
+        }
         w.gate = linear(prefix + "mlp.gate_proj", false);
         w.up = linear(prefix + "mlp.up_proj", false);
         w.down = linear(prefix + "mlp.down_proj", false);
         return w;
+    }
+
+    MoeWeights experts(const std::string& prefix) {
+        MoeWeights moe;
+        moe.router = matrix(prefix + "gate", false);
+        const auto add = [&](const std::string& module, ExpertWeights& to) {
+            const LinearWeights w = linear(module, false);
+            to.w.push_back(w.w);
+            to.sites.push_back(w.site);
+        };
+        for (int64_t e = 0; e < model_.config.num_experts; ++e) {
+            const std::string expert = fmt::format("{}experts.{}.", prefix, e);
+            add(expert + "gate_proj", moe.gate);
+            add(expert + "up_proj", moe.up);
+            add(expert + "down_proj", moe.down);
+        }
+        return moe;
     }
 
     LinearWeights linear(const std::string& module, bool has_bias) {

@@ -30,7 +30,7 @@ struct RopeScaling {               // models.md 1.3
 };
 
 struct ModelConfig {
-    std::string family;  // "llama", "qwen2", "qwen3"
+    std::string family;  // "llama", "qwen2", "qwen3", "qwen3_moe"
     int64_t width = 0;   // hidden size
     int64_t mlp_width = 0;
     int64_t num_layers = 0;
@@ -46,6 +46,15 @@ struct ModelConfig {
     bool tied_embeddings = false;
     bool qkv_bias = false;  // qwen2
     bool qk_norm = false;   // qwen3
+    // qwen3_moe (models.md 4); 0 experts: a dense model.
+    int64_t num_experts = 0;
+    int64_t experts_per_token = 0;
+    int64_t expert_width = 0;              // MLP width of one expert
+    bool normalize_router = true;          // the chosen experts' weights sum to 1
+    int64_t sparse_step = 1;               // layer l has experts iff (l + 1) % step == 0 ...
+    std::vector<int64_t> mlp_only_layers;  // ... and is not listed here
+
+    bool layer_has_experts(int64_t layer) const;
 };
 
 struct LinearWeights {
@@ -55,12 +64,25 @@ struct LinearWeights {
     int32_t site = -1;            // index into Model::sites
 };
 
+// One of the three matrices of every expert of a layer.
+struct ExpertWeights {
+    std::vector<QuantizedMatrix> w;  // [experts] of [out, in]
+    std::vector<int32_t> sites;      // indices into Model::sites
+};
+
+struct MoeWeights {
+    QuantizedMatrix router;  // [experts, width], never adapted
+    ExpertWeights gate, up, down;
+};
+
 struct LayerWeights {
     const float* input_norm = nullptr;  // device, [width]
     const float* post_attention_norm = nullptr;
     const float* q_norm = nullptr;  // qwen3, [head_dim]
     const float* k_norm = nullptr;
-    LinearWeights q, k, v, o, gate, up, down;
+    LinearWeights q, k, v, o;
+    LinearWeights gate, up, down;   // dense layers
+    std::optional<MoeWeights> moe;  // layers with experts
 };
 
 struct Model {

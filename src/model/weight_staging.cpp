@@ -27,12 +27,23 @@ bool holds_non_finite(const std::byte* from, int64_t count, int64_t stride, T ex
     return found;
 }
 
+// E4M3 and E8M0 have NaN, but no infinity: the codes that equal `nan` under the mask.
+bool holds_code(const std::byte* from, int64_t count, unsigned mask, unsigned nan) {
+    bool found = false;
+    for (int64_t i = 0; i < count; ++i) {
+        found |= (std::to_integer<unsigned>(from[i]) & mask) == nan;
+    }
+    return found;
+}
+
 bool holds_non_finite(WeightFormat format, const std::byte* from, int64_t count) {
     constexpr uint16_t kBf16Exponent = 0x7f80;
     constexpr uint16_t kF16Exponent = 0x7c00;
     constexpr uint32_t kF32Exponent = 0x7f800000;
     const int64_t block = row_bytes(format, 32);
     switch (format) {
+        case WeightFormat::kFp8:
+            return holds_code(from, count, 0x7f, 0x7f);
         case WeightFormat::kBF16:
             return holds_non_finite<uint16_t>(from, count, 2, kBf16Exponent);
         case WeightFormat::kF16:
@@ -40,7 +51,9 @@ bool holds_non_finite(WeightFormat format, const std::byte* from, int64_t count)
         case WeightFormat::kF32:
             return holds_non_finite<uint32_t>(from, count, 4, kF32Exponent);
         case WeightFormat::kInt4:
-            return false;  // its scales are checked on their own
+        case WeightFormat::kMxFp4:
+        case WeightFormat::kNvFp4:
+            return false;  // their scales are checked on their own
         case WeightFormat::kQ8_0:
         case WeightFormat::kQ4_0:
             return holds_non_finite<uint16_t>(from, count / 32, block, kF16Exponent);
@@ -55,7 +68,7 @@ bool holds_non_finite(WeightFormat format, const std::byte* from, int64_t count)
 // Hugging Face. Rows are whole, so no value changes.
 void restore_row_order(StagedWeight& staged, int64_t heads) {
     QuantizedMatrix& w = staged.matrix;
-    CHECK(w.format != WeightFormat::kInt4, "(GGUF files hold no such rows)");
+    CHECK(w.scale_bytes() == 0, "(GGUF files hold no such rows)");
     const auto bytes = static_cast<size_t>(row_bytes(w.format, w.cols));
     const int64_t head_rows = w.rows / heads;
     std::vector<std::byte> ordered(static_cast<size_t>(w.rows) * bytes);
@@ -156,6 +169,36 @@ void quantize_matrix(ThreadPool& threads, const StoredWeight& weight, StagedWeig
     w.scales = staged.scales.data();
 }
 
+// The float scales of FP8; every stored type is exact in float.
+void widen_scales(const StoredWeight& weight, StagedWeight& staged) {
+    const int64_t blocks_down = (weight.shape[0] + kFp8Block - 1) / kFp8Block;
+    const int64_t blocks_across = (weight.shape[1] + kFp8Block - 1) / kFp8Block;
+    std::vector<float> values(static_cast<size_t>(blocks_down * blocks_across));
+    if (weight.e8m0_scales) {
+        for (size_t i = 0; i < values.size(); ++i) {
+            values[i] = e8m0_to_float(std::to_integer<uint8_t>(weight.scales[i]));
+        }
+    } else {
+        QuantizedMatrix scales;
+        scales.format = weight.scale_format;
+        scales.rows = 1;
+        scales.cols = static_cast<int64_t>(values.size());
+        scales.data = weight.scales.data();
+        decode_f32(scales, 0, 0, scales.cols, values.data());
+    }
+    for (const float value : values) {
+        USER_CHECK(
+            std::isfinite(448.0f * value),  // 448 is the largest code
+            "{}: a scale of \"{}\", {}, leads beyond the range of float; the file is damaged.",
+            weight.file,
+            weight.name,
+            value
+        );
+    }
+    staged.block_scales = std::move(values);
+    staged.matrix.block_scales = staged.block_scales.data();
+}
+
 // Scales in F16 or F32 are kept when bf16 holds them exactly; rounding them would change weights.
 void convert_scales(const StoredWeight& weight, StagedWeight& staged) {
     QuantizedMatrix scales;
@@ -194,6 +237,12 @@ QuantizedMatrix stored_matrix(const StoredWeight& weight) {
     if (weight.format == WeightFormat::kInt4 && weight.scale_format == WeightFormat::kBF16) {
         w.scales = reinterpret_cast<const bf16*>(weight.scales.data());
     }
+    if (weight.format == WeightFormat::kMxFp4 || weight.format == WeightFormat::kNvFp4) {
+        w.block_scales = weight.scales.data();
+        w.global_scale = weight.global_scale;
+        w.global_divides = weight.global_divides;
+        CHECK_EQ(weight.scales.size(), static_cast<size_t>(w.scale_bytes()));
+    }
     CHECK_EQ(weight.data.size(), static_cast<size_t>(w.rows * row_bytes(w.format, w.cols)));
     return w;
 }
@@ -215,6 +264,15 @@ void check_finite(ThreadPool& threads, const StoredWeight& weight) {
     scan(weight.format, weight.data, weight.numel());
     if (weight.format == WeightFormat::kInt4) {
         scan(weight.scale_format, weight.scales, weight.numel() / weight.group_size);
+    }
+    const auto num_scales = static_cast<int64_t>(weight.scales.size());
+    if (weight.format == WeightFormat::kNvFp4) {
+        scan(WeightFormat::kFp8, weight.scales, num_scales);
+    } else if (weight.format == WeightFormat::kMxFp4) {
+        // 255 is NaN; 6 times the scales of 253 and 254 lies beyond float.
+        for (const unsigned code : {253U, 254U, 255U}) {
+            found = found || holds_code(weight.scales.data(), num_scales, 0xff, code);
+        }
     }
     USER_CHECK(
         !found,
@@ -239,6 +297,8 @@ StagedWeight stage_matrix(
         if (weight.scale_format != WeightFormat::kBF16) {
             convert_scales(weight, staged);
         }
+    } else if (weight.format == WeightFormat::kFp8) {
+        widen_scales(weight, staged);
     } else if (options.quantize_int4 && (wide || weight.format == WeightFormat::kBF16)) {
         quantize_matrix(threads, weight, staged);
     } else if (wide && options.keep_f32) {

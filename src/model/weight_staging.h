@@ -19,7 +19,8 @@ struct StagedWeight {
     QuantizedMatrix matrix;             // points into the mapped file, or into the buffers below
     double largest_rounding_error = 0;  // |stored - bf16| where F16 or F32 were rounded
     std::vector<std::byte> data;
-    std::vector<bf16> scales;
+    std::vector<bf16> scales;         // kInt4
+    std::vector<float> block_scales;  // kFp8
 };
 
 // UserError names the file and the tensor: a value that is not finite, or one that its new format

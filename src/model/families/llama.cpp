@@ -4,7 +4,7 @@
 
 namespace orbit {
 
-Tensor llama_layer(Pass& pass, const LayerWeights& w, KvView pages, Tensor x_TD, Tensor out_TD) {
+Tensor llama_attention(Pass& pass, const LayerWeights& w, KvView pages, Tensor x_TD) {
     const ModelConfig& c = pass.model.config;
     const int64_t T = x_TD.rows();
     const Tensor n_TD = pass.rms_norm(x_TD, w.input_norm);
@@ -14,7 +14,11 @@ Tensor llama_layer(Pass& pass, const LayerWeights& w, KvView pages, Tensor x_TD,
     const Tensor a_THd = pass.attention(
         pass.norm_rope(q_THd, w.q_norm), pass.norm_rope(k_TKd, w.k_norm), v_TKd, pages
     );
-    const Tensor h_TD = pass.linear(a_THd.reshaped({T, c.num_heads * c.head_dim}), w.o, x_TD);
+    return pass.linear(a_THd.reshaped({T, c.num_heads * c.head_dim}), w.o, x_TD);
+}
+
+Tensor llama_layer(Pass& pass, const LayerWeights& w, KvView pages, Tensor x_TD, Tensor out_TD) {
+    const Tensor h_TD = llama_attention(pass, w, pages, x_TD);
     const Tensor m_TD = pass.rms_norm(h_TD, w.post_attention_norm);
     const Tensor y_TI = pass.swiglu(pass.linear(m_TD, w.gate), pass.linear(m_TD, w.up));
     return pass.linear(y_TI, w.down, h_TD, out_TD);
