@@ -194,6 +194,24 @@ TEST_F(EngineTest, StopsAtAStringAndAtTheLimit) {
     }
 }
 
+TEST_F(EngineTest, AnAbandonedEngineReleasesItsAdapterVersion) {
+    const auto store = adapter("oft", true);
+    EngineOptions options;
+    options.kv_tokens = 2048;
+    options.max_batch = 2;
+    {
+        RolloutEngine engine(stream_, *model_, store.get(), options);
+        engine.submit(request(0));
+        engine.submit(request(1));  // still waiting when the engine goes
+        engine.step();
+        engine.step();
+    }
+    for (int version = 2; version < 6; ++version) {
+        store->publish(stream_, version);  // needs a slot that nothing pins
+    }
+    EXPECT_EQ(store->current_version(), 5);
+}
+
 TEST_F(EngineTest, WhatNeverFitsIsAUserError) {
     EngineOptions options;
     options.kv_tokens = 64;

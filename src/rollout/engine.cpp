@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <set>
 #include <utility>
 
 namespace orbit {
@@ -65,7 +66,23 @@ RolloutEngine::RolloutEngine(
     }
 }
 
-RolloutEngine::~RolloutEngine() = default;
+RolloutEngine::~RolloutEngine() {
+    // Requests that were never finished still pin their adapter version.
+    std::set<Group*> unfinished;
+    for (const auto& sequence : running_) {
+        unfinished.insert(sequence->group.get());
+    }
+    for (const auto* queue : {&waiting_, &prefilling_}) {
+        for (const auto& group : *queue) {
+            unfinished.insert(group.get());
+        }
+    }
+    for (const Group* group : unfinished) {
+        if (group->slot != kNoAdapter) {
+            adapter_->unpin(group->slot);
+        }
+    }
+}
 
 // A sequence may run up to decode_steps - 1 tokens past its end before the host sees it.
 int64_t RolloutEngine::longest_length(const Request& request) const {
