@@ -23,6 +23,7 @@ pack() {
     for model in "${models[@]:1}"; do
         cp -r "$model" "$carry/models/$(echo "${model#"$ORBIT_MODELS"/}" | tr / -)"
     done
+    xz -2 -T0 "$carry/orbit" "$carry/opcheck"  # code for the GPU packs well, and what travels is limited
     du -sh "$carry"
 }
 
@@ -88,6 +89,7 @@ run_checks() {
     local bin=build-cuda
     if [[ -d "$carry" ]]; then
         bin=$carry
+        [[ -f "$bin/orbit" ]] || unxz -k "$bin/orbit.xz" "$bin/opcheck.xz"
         export LD_LIBRARY_PATH="$PWD/$carry/lib:${LD_LIBRARY_PATH:-}"
         models=("models/mini-qwen3-int4" "$carry"/models/*)
     else
