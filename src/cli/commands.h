@@ -91,6 +91,7 @@ struct QuantizeArgs {
     std::string in;
     std::string out;
     std::string format = "int4";
+    std::vector<std::string> include;
 };
 
 struct BenchArgs {

@@ -227,11 +227,18 @@ void add_quantize(CLI::App& app, QuantizeArgs& args, Action& action) {
         "quantize",
         "Write a quantised copy of a BF16 model, in a layout that others read too",
         "  orbit quantize models/qwen3-0.6b models/qwen3-0.6b-int4 --format int4\n"
-        "int4: compressed-tensors pack-quantized, groups of 32, symmetric; head and embedding stay."
+        "int4, mxfp4, nvfp4: the layouts of compressed-tensors; fp8: blocks of 128 x 128, as the "
+        "published Qwen3 FP8 models. Head, embedding and routers stay."
     );
     command->add_option("IN", args.in, "Hugging Face folder")->required();
     command->add_option("OUT", args.out, "new folder")->required();
-    command->add_option("--format", args.format, "int4")->capture_default_str();
+    command->add_option("--format", args.format, "int4, fp8, mxfp4 or nvfp4")
+        ->capture_default_str();
+    command
+        ->add_option(
+            "--include", args.include, "only layers whose names hold this, such as experts"
+        )
+        ->delimiter(',');
     command->callback([&] { action = [&] { return run_quantize(args); }; });
 }
 
