@@ -182,6 +182,19 @@ def test_damaged_checkpoint_is_passed_over(folder):
     expect_same_run(whole, run, "after a damaged checkpoint")
 
 
+def test_system_message_stands_once(folder):
+    question = {"role": "user", "content": "What is 2 + 3?"}
+    lengths = []
+    for name, prompt, setting in (("setting", [question], "data.system=Be brief."),
+                                  ("row", [{"role": "system", "content": "Be brief."}, question], "data.system=")):
+        data = folder / f"{name}.jsonl"
+        data.write_text(json.dumps({"prompt": prompt, "answer": "5"}) + "\n")
+        run = folder / name
+        expect_ok(orbit(*train_args(run, "train.steps=1", "data.eval=", f"data.train={data}", setting)), name)
+        lengths.append(json_lines(run / "rollouts.jsonl")[0]["prompt_length"])
+    expect_equal(lengths[0], lengths[1], "tokens of the prompt")
+
+
 def test_eval(folder):
     run = folder / "run"
     expect_ok(orbit(*train_args(run, "adapter.kind=lora", "train.steps=2", "data.eval=")), "train")

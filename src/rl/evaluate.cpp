@@ -64,7 +64,8 @@ std::vector<int32_t> prompt_ids(
     const Model& model, const Example& example, const std::string& system_prompt
 ) {
     std::vector<ChatMessage> messages;
-    if (!system_prompt.empty()) {
+    const bool has_system = !example.messages.empty() && example.messages.front().role == "system";
+    if (!system_prompt.empty() && !has_system) {
         messages.push_back({"system", system_prompt});
     }
     for (const auto& message : example.messages) {
