@@ -1,5 +1,5 @@
 // The mixture of experts on the GPU: not there yet, and said so.
-#include "base/error.h"
+#include "device/cuda/check.cuh"
 #include "ops/cuda_ops.h"
 
 namespace orbit::cuda {
@@ -41,9 +41,7 @@ void grouped_linear(Stream&, const GroupedLinearParams&, Tensor) {
     refuse();
 }
 
-void grouped_linear_backward(
-    Stream&, const GroupedLinearParams&, Tensor, Tensor, bool, std::span<const AdapterGrad>
-) {
+void grouped_linear_backward(Stream&, const GroupedLinearParams&, Tensor, Tensor, bool, std::span<const AdapterGrad>) {
     refuse();
 }
 

@@ -315,6 +315,20 @@ void add_attention_cases(CaseList& cases) {
         add_grad_case(cases, {2, 21, 3, 1, 20, compute});
         add_grad_case(cases, {1, 40, 2, 2, 32, compute});
     }
+    // Several key tiles of 128, with every mix of the GPU's two kernels; and a group of 20 heads.
+    const auto add_gpu = [&](const Shape& s) {
+        add_case(cases, s);
+        cases.back().gpu_only = true;
+    };
+    add_gpu({2, 700, 4, 2, 128, DType::kBF16});
+    add_gpu({3, 530, 4, 1, 64, DType::kBF16});
+    add_gpu({1, 1100, 2, 1, 128, DType::kBF16});
+    add_gpu({2, 140, 20, 1, 64, DType::kBF16});
+    for (const Shape& s :
+         {Shape{1, 150, 2, 1, 128, DType::kBF16}, Shape{2, 140, 3, 1, 64, DType::kBF16}}) {
+        add_grad_case(cases, s);
+        cases.back().gpu_only = true;
+    }
 }
 
 }  // namespace orbit::opcheck

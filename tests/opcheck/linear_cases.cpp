@@ -258,6 +258,43 @@ void add_correctness_cases(CaseList& cases) {
     }
 }
 
+// Shapes that bring in each of the GPU's kernels: a row alone takes the decode kernel, the whole
+// batch one of the tiles, with a contraction in one piece, in two and in four. All rows must have
+// the same bits.
+void add_gpu_cases(CaseList& cases) {
+    const auto only_rows = [](Case c) {
+        c.gpu_only = true;
+        c.reference = nullptr;  // too slow at these sizes
+        return c;
+    };
+    const auto add_linear = [&](const Shape& s) {
+        add_case(cases, s);
+        cases.back() = only_rows(cases.back());
+    };
+    const auto add_f32_out = [&](const Shape& s) {
+        Random random(cases.size() + 1);
+        cases.push_back(only_rows(f32_out_case(s, random)));
+    };
+    for (const WeightFormat format :
+         {WeightFormat::kBF16,
+          WeightFormat::kInt4,
+          WeightFormat::kQ8_0,
+          WeightFormat::kQ4_0,
+          WeightFormat::kQ4_1}) {
+        add_f32_out({format, 300, 1056, 136});  // one piece
+        add_f32_out({format, 150, 2336, 96});   // two
+        add_f32_out({format, 13, 4320, 48});    // four; up to 16 rows
+        add_f32_out({format, 70, 4320, 48});
+        add_f32_out({format, 300, 96, 8224});     // the widest tile
+        add_f32_out({format, 1000, 2080, 1600});  // the same, in two pieces
+        const DType bf16_type = DType::kBF16;
+        add_linear({format, 200, 1088, 192, bf16_type, AdapterKind::kLora, 16, true, true});
+        add_linear({format, 200, 2304, 192, bf16_type, AdapterKind::kLora, 32, false, true});
+        add_linear({format, 200, 1088, 192, bf16_type, AdapterKind::kOft, 32, true, true});
+        add_linear({format, 600, 2304, 192, bf16_type, AdapterKind::kOft, 128});
+    }
+}
+
 void add_perf_cases(CaseList& cases) {
     const auto add = [&](const Shape& s) {
         for (const int64_t rows : {1, 4, 16, 64, 256, 2048}) {
@@ -308,6 +345,7 @@ void add_linear_cases(CaseList& cases) {
             add({format, 17, 96, 99, compute});
         }
     }
+    add_gpu_cases(cases);
     add_perf_cases(cases);
 }
 

@@ -255,6 +255,14 @@ void add_logprob_cases(CaseList& cases) {
         add_sample_case(cases, {7, 100, 32, 3, {0.0f, 1.0f, 0, 0.0f}, compute});
     }
     add_logprob_case(cases, {300, 448, 64, 0, {}, DType::kBF16});
+    // A vocabulary of many tiles, with and without filters.
+    for (const SamplingFilter& filter :
+         {SamplingFilter{}, SamplingFilter{0.8f, 0.95f, 60, 0.001f}}) {
+        add_logprob_case(cases, {5, 20004, 32, 4, filter, DType::kBF16});
+        cases.back().gpu_only = true;
+        add_sample_case(cases, {40, 20004, 32, 4, filter, DType::kBF16});
+        cases.back().gpu_only = true;
+    }
 }
 
 }  // namespace orbit::opcheck

@@ -66,6 +66,7 @@ struct Case {
     double bytes = 0;  // that one run has to move
     double backward_flops = 0;
     bool perf_only = false;  // too large for the reference
+    bool gpu_only = false;   // shapes that pick the GPU's kernels; a CPU learns nothing from them
     // Fills in large inputs just before the case runs; they are dropped after it.
     std::function<void(Case&)> prepare;
 };

@@ -1,0 +1,69 @@
+// CUDA_CHECK: a failing call is our bug or a broken device; print the call and abort. Launch
+// errors are caught right after the launch (LAUNCH_CHECK), errors inside kernels by the next
+// synchronising call.
+#pragma once
+
+// fmt 9 switches its constexpr off under nvcc but keeps consteval, which then does not compile.
+// This header comes first in every .cu file and switches constexpr on again.
+#define FMT_USE_CONSTEXPR 1
+
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "base/error.h"
+#include "device/device.h"
+
+namespace orbit::cuda {
+
+inline void check_cuda(cudaError_t status, const char* call, const char* file, int line) {
+    if (status != cudaSuccess) {
+        check_failed(
+            file,
+            line,
+            std::string(call) + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status)
+        );
+    }
+}
+
+}  // namespace orbit::cuda
+
+#define CUDA_CHECK(call) ::orbit::cuda::check_cuda((call), #call, __FILE__, __LINE__)
+#define LAUNCH_CHECK() CUDA_CHECK(cudaGetLastError())
+
+namespace orbit::cuda {
+
+// The stream's queue, with its GPU made current for this thread (launches need that).
+inline cudaStream_t queue_of(const Stream& stream) {
+    CUDA_CHECK(cudaSetDevice(stream.device.ordinal));
+    return static_cast<cudaStream_t>(stream.handle);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+// A grid dimension; a batch that needs more blocks than the hardware has is our bug.
+inline unsigned grid_dim(int64_t blocks) {
+    CHECK_GT(blocks, 0);
+    CHECK_LT(blocks, int64_t{1} << 31);
+    return static_cast<unsigned>(blocks);
+}
+
+inline unsigned grid_dim_yz(int64_t blocks) {
+    CHECK_GT(blocks, 0);
+    CHECK_LT(blocks, 65536);
+    return static_cast<unsigned>(blocks);
+}
+
+// Lets a kernel use more than 48 KiB of dynamic shared memory.
+template <typename Kernel>
+void allow_shared_memory(Kernel* kernel, size_t bytes) {
+    if (bytes > 48u * 1024u) {
+        CUDA_CHECK(cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)
+        ));
+    }
+}
+
+}  // namespace orbit::cuda

@@ -1,0 +1,286 @@
+// The linear op and its backward on the GPU: adapters around the matmul family.
+#include "device/cuda/rows.cuh"
+#include "ops/cuda_ops.h"
+#include "ops/dense_cuda.cuh"
+#include "ops/logprob_cuda.cuh"
+
+namespace orbit::cuda {
+namespace {
+
+int64_t padded_rank(int64_t rank) {
+    return ceil_div(rank, 16) * 16;
+}
+
+QuantizedMatrix as_weight(const Tensor& t) {
+    CHECK_EQ(t.rank, 2);
+    QuantizedMatrix w;
+    w.format = WeightFormat::kBF16;
+    w.rows = t.shape[0];
+    w.cols = t.shape[1];
+    w.data = activations(t);
+    return w;
+}
+
+// y[m, n] = x[m, k] w[n, k]^T; the caller adds to the epilogue before running it.
+MatmulArgs forward_args(const Tensor& x, const QuantizedMatrix& w, const Tensor& y) {
+    CHECK_EQ(x.cols(), w.cols);
+    CHECK_EQ(x.rows(), y.rows());
+    CHECK_LT(x.rows(), int64_t{1} << 31);
+    MatmulArgs a;
+    a.x = activations(x);
+    a.ldx = x.cols();
+    a.w = weight_view(w);
+    a.m = static_cast<int32_t>(x.rows());
+    a.n = static_cast<int32_t>(w.rows);
+    a.k = static_cast<int32_t>(w.cols);
+    a.segment = forward_segment(w.rows, w.cols);
+    a.epilogue.y = y.data;
+    a.epilogue.f32_out = y.dtype == DType::kF32;
+    a.epilogue.ldy = y.cols();
+    a.epilogue.columns = static_cast<int32_t>(y.cols());
+    return a;
+}
+
+// y[m, n] = x[m, k] w[k, n].
+MatmulArgs backward_args(const Tensor& x, const QuantizedMatrix& w, const Tensor& y) {
+    CHECK_EQ(x.cols(), w.rows);
+    CHECK_EQ(x.rows(), y.rows());
+    MatmulArgs a;
+    a.x = activations(x);
+    a.ldx = x.cols();
+    a.w = weight_view(w);
+    a.m = static_cast<int32_t>(x.rows());
+    a.n = static_cast<int32_t>(w.cols);
+    a.k = static_cast<int32_t>(w.rows);
+    a.segment = backward_segment(w.rows);
+    a.epilogue.y = activations(y);
+    a.epilogue.ldy = y.cols();
+    a.epilogue.columns = static_cast<int32_t>(y.cols());
+    return a;
+}
+
+// u = round(x A^T), [rows, padded rank], zero past the rank.
+Tensor shrink(Stream& stream, const Tensor& x, const Tensor& lora_a) {
+    const Tensor u = stream.scratch.take(DType::kBF16, {x.rows(), padded_rank(lora_a.shape[0])});
+    matmul(
+        queue_of(stream),
+        WeightFormat::kBF16,
+        Direction::kForward,
+        forward_args(x, as_weight(lora_a), u)
+    );
+    return u;
+}
+
+// xr = round(x + x D).
+Tensor rotated(Stream& stream, const Tensor& x, const Tensor& oft_d) {
+    const Tensor xr = stream.scratch.take(DType::kBF16, {x.rows(), x.cols()});
+    RotateArgs args;
+    args.x = activations(x);
+    args.d = activations(oft_d);
+    args.y = activations(xr);
+    args.rows = static_cast<int32_t>(x.rows());
+    args.width = static_cast<int32_t>(x.cols());
+    args.block = static_cast<int32_t>(oft_d.shape[1]);
+    CHECK_EQ(args.block * oft_d.shape[0], x.cols());
+    rotate(queue_of(stream), args, false);
+    return xr;
+}
+
+void check_supported(WeightFormat format) {
+    USER_CHECK(
+        format != WeightFormat::kF32 && format != WeightFormat::kF16,
+        "F32 and F16 weights are rounded to BF16 at load on a GPU; this one was not."
+    );
+    USER_CHECK(
+        format <= WeightFormat::kQ4_1,
+        "{} weights are not supported on a GPU yet; use device = \"cpu\" (--device cpu).",
+        format_name(format)
+    );
+}
+
+void lora_backward(
+    Stream& stream,
+    const LinearParams& p,
+    const Tensor& dy,
+    const Tensor& dx,
+    bool accumulate_dx,
+    const AdapterGrad& grad
+) {
+    const Tensor& lora_a = p.adapter.lora_a;
+    const Tensor& lora_b = p.adapter.lora_b;
+    const int64_t rank = lora_a.shape[0];
+    const Tensor du = stream.scratch.take(DType::kBF16, {dy.rows(), padded_rank(rank)});
+    MatmulArgs to_rank = backward_args(dy, as_weight(lora_b), du);
+    to_rank.epilogue.scale = p.adapter.lora_scale;
+    matmul(queue_of(stream), WeightFormat::kBF16, Direction::kBackward, to_rank);
+
+    if (dx.defined()) {
+        MatmulArgs a = backward_args(dy, p.w, dx);
+        a.epilogue.lora_u = activations(du);
+        a.epilogue.lora_b = activations(lora_a);
+        a.epilogue.ldu = static_cast<int32_t>(du.cols());
+        a.epilogue.rank = static_cast<int32_t>(rank);
+        a.epilogue.lora_b_by_rank = true;
+        a.epilogue.lora_scale = 1.0f;
+        a.epilogue.residual = accumulate_dx ? activations(dx) : nullptr;
+        matmul(queue_of(stream), p.w.format, Direction::kBackward, a);
+    }
+    LowRankGradient g;
+    g.rows = static_cast<int32_t>(dy.rows());
+    g.rank = static_cast<int32_t>(rank);
+    g.narrow_ld = static_cast<int32_t>(du.cols());
+    if (grad.lora_a != nullptr) {  // dA[j, i] = sum_t du[t, j] x[t, i]
+        g.wide = activations(p.x);
+        g.narrow = activations(du);
+        g.width = static_cast<int32_t>(p.x.cols());
+        g.stride_wide = 1;
+        g.stride_narrow = p.x.cols();
+        g.grad = grad.lora_a;
+        low_rank_gradient(stream, g);
+    }
+    if (grad.lora_b != nullptr) {  // dB[o, j] = s sum_t dy[t, o] u[t, j]
+        g.wide = activations(dy);
+        g.narrow = activations(shrink(stream, p.x, lora_a));
+        g.width = static_cast<int32_t>(dy.cols());
+        g.stride_wide = rank;
+        g.stride_narrow = 1;
+        g.scale = p.adapter.lora_scale;
+        g.grad = grad.lora_b;
+        low_rank_gradient(stream, g);
+    }
+}
+
+void oft_backward(
+    Stream& stream,
+    const LinearParams& p,
+    const Tensor& dy,
+    const Tensor& dx,
+    bool accumulate_dx,
+    const AdapterGrad& grad
+) {
+    const Tensor dxr = stream.scratch.take(DType::kBF16, {p.x.rows(), p.x.cols()});
+    matmul(queue_of(stream), p.w.format, Direction::kBackward, backward_args(dy, p.w, dxr));
+    const auto rows = static_cast<int32_t>(p.x.rows());
+    const auto width = static_cast<int32_t>(p.x.cols());
+    const auto block = static_cast<int32_t>(p.adapter.oft_d.shape[1]);
+    if (grad.oft_d != nullptr) {
+        rotation_gradient(
+            stream, activations(p.x), activations(dxr), rows, width, block, grad.oft_d
+        );
+    }
+    if (dx.defined()) {
+        RotateArgs args;
+        args.x = activations(dxr);
+        args.d = activations(p.adapter.oft_d);
+        args.y = activations(dx);
+        args.rows = rows;
+        args.width = width;
+        args.block = block;
+        args.accumulate = accumulate_dx;
+        rotate(queue_of(stream), args, true);
+    }
+}
+
+}  // namespace
+
+// Segments: the longest contractions of narrow weights are cut in two or four, one warp each at
+// decode. Wide weights have rows enough. Multiples of 64; the last segment may be shorter.
+int32_t forward_segment(int64_t n, int64_t k) {
+    const int64_t segments = n >= 8192 || k < 2048 ? 1 : (k <= 4096 ? 2 : 4);
+    return static_cast<int32_t>(ceil_div(ceil_div(k, segments), kTileK) * kTileK);
+}
+
+// The contraction runs over the weight's rows; long ones (the vocabulary) are cut so that a chain
+// of truncating steps stays short.
+int32_t backward_segment(int64_t k) {
+    constexpr int64_t kLongest = 4096;
+    return static_cast<int32_t>(std::min(kLongest, ceil_div(k, kTileK) * kTileK));
+}
+
+int32_t num_segments(int64_t k, int32_t segment) {
+    return static_cast<int32_t>(ceil_div(k, segment));
+}
+
+void matmul(cudaStream_t queue, WeightFormat format, Direction direction, const MatmulArgs& args) {
+    if (args.m == 0 || args.epilogue.columns == 0) {
+        return;
+    }
+    CHECK_GT(args.k, 0);
+    check_supported(format);
+    switch (format) {
+        case WeightFormat::kBF16:
+            return matmul_format<WeightFormat::kBF16>(queue, direction, args);
+        case WeightFormat::kInt4:
+            return matmul_format<WeightFormat::kInt4>(queue, direction, args);
+        case WeightFormat::kQ8_0:
+            return matmul_format<WeightFormat::kQ8_0>(queue, direction, args);
+        case WeightFormat::kQ4_0:
+            return matmul_format<WeightFormat::kQ4_0>(queue, direction, args);
+        case WeightFormat::kQ4_1:
+            return matmul_format<WeightFormat::kQ4_1>(queue, direction, args);
+        default:
+            check_failed(__FILE__, __LINE__, "a format that check_supported() lets through");
+    }
+}
+
+void linear(Stream& stream, const LinearParams& p, Tensor y) {
+    if (y.rows() == 0) {
+        return;
+    }
+    const ScratchScope scope(stream.scratch);
+    Tensor x = p.x;
+    if (p.adapter.kind == AdapterKind::kOft) {
+        x = rotated(stream, p.x, p.adapter.oft_d);
+    }
+    MatmulArgs a = forward_args(x, p.w, y);
+    CHECK_EQ(static_cast<int64_t>(a.n), y.cols());
+    a.epilogue.bias = p.bias;
+    if (p.residual.defined()) {
+        a.epilogue.residual = activations(p.residual);
+    }
+    if (p.adapter.kind == AdapterKind::kLora) {
+        const Tensor u = shrink(stream, p.x, p.adapter.lora_a);
+        a.epilogue.lora_u = activations(u);
+        a.epilogue.lora_b = activations(p.adapter.lora_b);
+        a.epilogue.ldu = static_cast<int32_t>(u.cols());
+        a.epilogue.rank = static_cast<int32_t>(p.adapter.lora_a.shape[0]);
+        a.epilogue.lora_scale = p.adapter.lora_scale;
+    }
+    matmul(queue_of(stream), p.w.format, Direction::kForward, a);
+}
+
+void linear_backward(
+    Stream& stream,
+    const LinearParams& p,
+    Tensor dy,
+    Tensor dx,
+    bool accumulate_dx,
+    const AdapterGrad& grad
+) {
+    if (dy.rows() == 0) {
+        return;
+    }
+    const ScratchScope scope(stream.scratch);
+    if (p.adapter.kind == AdapterKind::kLora) {
+        lora_backward(stream, p, dy, dx, accumulate_dx, grad);
+    } else if (p.adapter.kind == AdapterKind::kOft) {
+        oft_backward(stream, p, dy, dx, accumulate_dx, grad);
+    } else if (dx.defined()) {
+        MatmulArgs a = backward_args(dy, p.w, dx);
+        a.epilogue.residual = accumulate_dx ? activations(dx) : nullptr;
+        matmul(queue_of(stream), p.w.format, Direction::kBackward, a);
+    }
+}
+
+void linear_f32_out(Stream& stream, Tensor h, const QuantizedMatrix& w, Tensor logits) {
+    CHECK(logits.dtype == DType::kF32);
+    if (h.rows() > 0) {
+        matmul(queue_of(stream), w.format, Direction::kForward, forward_args(h, w, logits));
+    }
+}
+
+void head_backward(Stream& stream, Tensor dlogits, const QuantizedMatrix& w, Tensor dh) {
+    matmul(queue_of(stream), w.format, Direction::kBackward, backward_args(dlogits, w, dh));
+}
+
+}  // namespace orbit::cuda

@@ -1,0 +1,102 @@
+// Pieces of the linear op that are not the matmul itself: rotations and adapter gradients.
+#pragma once
+
+#include "device/cuda/check.cuh"
+#include "ops/matmul_cuda.cuh"
+
+namespace orbit::cuda {
+
+// A block-diagonal rotation in delta form, D: [width / block, block, block].
+struct RotateArgs {
+    const bf16* x = nullptr;  // [rows, width]
+    const bf16* d = nullptr;
+    bf16* y = nullptr;  // [rows, width]
+    int32_t rows = 0;
+    int32_t width = 0;
+    int32_t block = 0;
+    bool accumulate = false;  // y = round(y + x + ...)
+};
+
+// y = round(x + x D), or with transpose round(x + x D^T). oft_cuda.cu.
+void rotate(cudaStream_t queue, const RotateArgs& args, bool transpose);
+
+// grad[n][i][j] += sum_t x[t, n b + i] dxr[t, n b + j].
+void rotation_gradient(
+    Stream& stream,
+    const bf16* x,
+    const bf16* dxr,
+    int32_t rows,
+    int32_t width,
+    int32_t block,
+    float* grad
+);
+
+// grad[i * stride_wide + j * stride_narrow] += scale sum_t wide[t, i] narrow[t, j], i < width,
+// j < rank. adapter_grad_cuda.cu. narrow has `narrow_ld` columns, a multiple of 16, zero from rank
+// on.
+struct LowRankGradient {
+    const bf16* wide = nullptr;    // [rows, width]
+    const bf16* narrow = nullptr;  // [rows, narrow_ld]
+    int32_t rows = 0;
+    int32_t width = 0;
+    int32_t rank = 0;
+    int32_t narrow_ld = 0;
+    int64_t stride_wide = 0;
+    int64_t stride_narrow = 0;
+    float scale = 1.0f;
+    float* grad = nullptr;
+};
+
+void low_rank_gradient(Stream& stream, const LowRankGradient& args);
+
+// grad[i] += scale (p[0][i] + p[1][i] + ...), partials of `count` each, in ascending order.
+void add_partials(
+    cudaStream_t queue,
+    const float* partial,
+    int32_t num_partials,
+    int64_t count,
+    float scale,
+    float* grad
+);
+
+// Token ranges whose sums are formed separately and added in order: fixed, so that the result does
+// not depend on the grid.
+constexpr int32_t kGradientTokens = 512;
+
+// Fragment of the transpose of a [k][m] tile in shared memory: 16 columns from `granule` on (8
+// columns each), rows k..k+15; the M side of the instruction.
+__device__ __forceinline__ void transposed_fragment(
+    uint32_t (&a)[4], uint32_t tile, int row_bytes, int k, int granule
+) {
+    const int lane = threadIdx.x & 31;
+    const int row = k + (lane & 7) + ((lane >> 4) << 3);
+    const int at = granule + ((lane >> 3) & 1);
+    ldmatrix_x4_trans(
+        a[0],
+        a[1],
+        a[2],
+        a[3],
+        tile + static_cast<uint32_t>(row * row_bytes + ((at ^ (row & 7)) << 4))
+    );
+}
+
+// Copies 64 rows x 128 columns into a swizzled tile of 256-byte rows; zeros outside.
+template <int kThreads>
+__device__ __forceinline__ void load_token_tile(
+    uint32_t to, const bf16* from, int32_t row0, int32_t row_end, int32_t col0, int32_t width
+) {
+#pragma unroll
+    for (int i = 0; i < 64 * 16 / kThreads; ++i) {
+        const int index = static_cast<int>(threadIdx.x) + i * kThreads;
+        const int row = index >> 4;
+        const int granule = index & 15;
+        const int32_t col = col0 + granule * 8;
+        const bool valid = row0 + row < row_end && col < width;
+        const bf16* at = valid ? from + static_cast<int64_t>(row0 + row) * width + col : from;
+        copy_async_16(
+            to + static_cast<uint32_t>(row * 256 + ((granule ^ (row & 7)) << 4)), at, valid
+        );
+    }
+}
+
+}  // namespace orbit::cuda

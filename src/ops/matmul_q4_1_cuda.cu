@@ -1,0 +1,7 @@
+#include "ops/matmul_format_cuda.cuh"
+
+namespace orbit::cuda {
+
+template void matmul_format<WeightFormat::kQ4_1>(cudaStream_t, Direction, const MatmulArgs&);
+
+}  // namespace orbit::cuda

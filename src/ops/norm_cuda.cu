@@ -1,0 +1,119 @@
+// RMSNorm on the GPU: 128 threads a row. Thread t sums the squares of its groups of eight in
+// ascending order, then lanes by butterfly, then the four warps in order: a function of the width
+// only.
+#include "device/cuda/check.cuh"
+#include "device/cuda/math.cuh"
+#include "device/cuda/rows.cuh"
+#include "ops/cuda_ops.h"
+
+namespace orbit::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
+
+__device__ __forceinline__ float inverse_rms(float sum_of_squares, float width, float eps) {
+    const float mean = __fdiv_rn(sum_of_squares, width);
+    return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, eps)));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    rms_norm_kernel(const bf16* x, const float* weight, float eps, int64_t width, bf16* y) {
+    __shared__ float shared[kWarps];
+    const bool aligned = width % 8 == 0;
+    const bf16* row = x + blockIdx.x * width;
+    const int64_t groups = (width + 7) / 8;
+    float sum = 0.0f;
+    for (int64_t i = threadIdx.x; i < groups; i += kThreads) {
+        const Eight e = load_eight(row, i, width, aligned);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            sum = __fmaf_rn(e.v[j], e.v[j], sum);
+        }
+    }
+    sum = block_sum<kWarps>(sum, shared);
+    const float scale = inverse_rms(sum, static_cast<float>(width), eps);
+    for (int64_t i = threadIdx.x; i < groups; i += kThreads) {
+        Eight e = load_eight(row, i, width, aligned);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float w = 8 * i + j < width ? weight[8 * i + j] : 0.0f;
+            e.v[j] = __fmul_rn(__fmul_rn(e.v[j], scale), w);
+        }
+        store_eight(y + blockIdx.x * width, i, width, aligned, e);
+    }
+}
+
+// dx = s w dy - x s^3 / D sum(w dy x).
+__global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(
+    const bf16* x,
+    const float* weight,
+    float eps,
+    int64_t width,
+    const bf16* dy,
+    bf16* dx,
+    bool accumulate
+) {
+    __shared__ float shared[kWarps];
+    const bool aligned = width % 8 == 0;
+    const int64_t offset = blockIdx.x * width;
+    const int64_t groups = (width + 7) / 8;
+    float squares = 0.0f;
+    float dot = 0.0f;
+    for (int64_t i = threadIdx.x; i < groups; i += kThreads) {
+        const Eight e = load_eight(x + offset, i, width, aligned);
+        const Eight d = load_eight(dy + offset, i, width, aligned);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float w = 8 * i + j < width ? weight[8 * i + j] : 0.0f;
+            squares = __fmaf_rn(e.v[j], e.v[j], squares);
+            dot = __fmaf_rn(__fmul_rn(d.v[j], w), e.v[j], dot);
+        }
+    }
+    squares = block_sum<kWarps>(squares, shared);
+    dot = block_sum<kWarps>(dot, shared);
+    const float n = static_cast<float>(width);
+    const float scale = inverse_rms(squares, n, eps);
+    const float factor = __fdiv_rn(__fmul_rn(__fmul_rn(__fmul_rn(scale, scale), scale), dot), n);
+    for (int64_t i = threadIdx.x; i < groups; i += kThreads) {
+        const Eight e = load_eight(x + offset, i, width, aligned);
+        Eight d = load_eight(dy + offset, i, width, aligned);
+        Eight old{};
+        if (accumulate) {
+            old = load_eight(dx + offset, i, width, aligned);
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float w = 8 * i + j < width ? weight[8 * i + j] : 0.0f;
+            const float g = __fmul_rn(__fmul_rn(d.v[j], w), scale);
+            d.v[j] = __fadd_rn(old.v[j], __fsub_rn(g, __fmul_rn(e.v[j], factor)));
+        }
+        store_eight(dx + offset, i, width, aligned, d);
+    }
+}
+
+}  // namespace
+
+void rms_norm(Stream& stream, Tensor x, const float* weight, float eps, Tensor y) {
+    if (x.rows() == 0) {
+        return;
+    }
+    rms_norm_kernel<<<grid_dim(x.rows()), kThreads, 0, queue_of(stream)>>>(
+        activations(x), weight, eps, x.cols(), activations(y)
+    );
+    LAUNCH_CHECK();
+}
+
+void rms_norm_backward(
+    Stream& stream, Tensor x, const float* weight, float eps, Tensor dy, Tensor dx, bool accumulate
+) {
+    if (x.rows() == 0) {
+        return;
+    }
+    rms_norm_backward_kernel<<<grid_dim(x.rows()), kThreads, 0, queue_of(stream)>>>(
+        activations(x), weight, eps, x.cols(), activations(dy), activations(dx), accumulate
+    );
+    LAUNCH_CHECK();
+}
+
+}  // namespace orbit::cuda

@@ -1,0 +1,352 @@
+// OFT on the GPU: x + x D with mma.sync.m16n8k16 over each block, k16 steps ascending, the sum with
+// x in fp32, one rounding. Block sizes 16, 32, 64, 128 on tensor cores; any other by plain loops
+// (the choice depends on the block size alone, so it never splits rollout from training).
+#include "ops/dense_cuda.cuh"
+
+namespace orbit::cuda {
+namespace {
+
+constexpr int kWindow = 128;  // columns of one thread block
+constexpr int kRotateRows = 64;
+constexpr int kRotateThreads = 128;
+constexpr int kRowBytesX = kWindow * 2 + 16;  // padded: eight rows in eight bank groups
+
+template <int kBlock>
+struct RotateShared {
+    static constexpr int kRowBytesD = kBlock * 2 + 16;
+    static constexpr int kBytesX = kRotateRows * kRowBytesX;
+    static constexpr int kBytes = kBytesX + kWindow * kRowBytesD;
+};
+
+template <int kBlock>
+__device__ __forceinline__ void load_rotation(const RotateArgs& a, uint32_t to, int32_t col0) {
+    constexpr int kRowGranules = kBlock / 8;
+    for (int i = threadIdx.x; i < kWindow * kRowGranules; i += kRotateThreads) {
+        const int row = i / kRowGranules;
+        const int granule = i % kRowGranules;
+        const bool valid = col0 + row < a.width;
+        const bf16* from =
+            valid ? a.d + static_cast<int64_t>(col0 + row) * kBlock + granule * 8 : a.d;
+        copy_async_16(to + row * RotateShared<kBlock>::kRowBytesD + granule * 16, from, valid);
+    }
+}
+
+__device__ __forceinline__ void load_rotate_rows(
+    const RotateArgs& a, uint32_t to, int32_t row0, int32_t col0
+) {
+    for (int i = threadIdx.x; i < kRotateRows * (kWindow / 8); i += kRotateThreads) {
+        const int row = i >> 4;
+        const int granule = i & 15;
+        const int32_t col = col0 + granule * 8;
+        const bool valid = row0 + row < a.rows && col < a.width;
+        const bf16* from = valid ? a.x + static_cast<int64_t>(row0 + row) * a.width + col : a.x;
+        copy_async_16(to + row * kRowBytesX + granule * 16, from, valid);
+    }
+}
+
+// Adds x, and the old value when accumulating, to two neighbouring products, and stores them.
+__device__ __forceinline__ void store_rotated(
+    const RotateArgs& a,
+    const char* x_tile,
+    int32_t row0,
+    int row,
+    int32_t col0,
+    int col,
+    float v0,
+    float v1
+) {
+    if (row0 + row >= a.rows || col0 + col >= a.width) {
+        return;
+    }
+    const auto x = *reinterpret_cast<const uint32_t*>(x_tile + row * kRowBytesX + col * 2);
+    v0 = __fadd_rn(low_bf16(x), v0);
+    v1 = __fadd_rn(high_bf16(x), v1);
+    bf16* at = a.y + static_cast<int64_t>(row0 + row) * a.width + col0 + col;
+    if (a.accumulate) {
+        const auto old = *reinterpret_cast<const uint32_t*>(at);
+        v0 = __fadd_rn(low_bf16(old), v0);
+        v1 = __fadd_rn(high_bf16(old), v1);
+    }
+    *reinterpret_cast<uint32_t*>(at) = pack_bf16(v0, v1);
+}
+
+template <int kBlock, bool kTranspose>
+__global__ void __launch_bounds__(kRotateThreads) rotate_kernel(RotateArgs a) {
+    extern __shared__ __align__(128) char shared[];
+    using Shared = RotateShared<kBlock>;
+    const int lane = threadIdx.x & 31;
+    const int warp_row = static_cast<int>(threadIdx.x >> 5) * 16;
+    const int32_t col0 = static_cast<int32_t>(blockIdx.x) * kWindow;
+    const int32_t row0 = static_cast<int32_t>(blockIdx.y) * kRotateRows;
+    const uint32_t x_tile = shared_address(shared);
+    const uint32_t d_tile = x_tile + Shared::kBytesX;
+    load_rotate_rows(a, x_tile, row0, col0);
+    load_rotation<kBlock>(a, d_tile, col0);
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+    if (row0 + warp_row >= a.rows) {
+        return;
+    }
+    for (int block = 0; block < kWindow / kBlock; ++block) {
+        const int first = block * kBlock;
+        uint32_t x[kBlock / 16][4];
+#pragma unroll
+        for (int step = 0; step < kBlock / 16; ++step) {
+            const int row = warp_row + (lane & 15);
+            const int granule = (first + 16 * step) / 8 + (lane >> 4);
+            ldmatrix_x4(
+                x[step][0],
+                x[step][1],
+                x[step][2],
+                x[step][3],
+                x_tile + static_cast<uint32_t>(row * kRowBytesX + granule * 16)
+            );
+        }
+#pragma unroll 2
+        for (int n = 0; n < kBlock; n += 16) {
+            float acc[2][4] = {};
+#pragma unroll
+            for (int step = 0; step < kBlock / 16; ++step) {
+                uint32_t b[2][2];
+                if constexpr (kTranspose) {
+                    const int row = first + n + (lane & 7) + ((lane >> 4) << 3);
+                    const int granule = 2 * step + ((lane >> 3) & 1);
+                    ldmatrix_x4(
+                        b[0][0],
+                        b[0][1],
+                        b[1][0],
+                        b[1][1],
+                        d_tile + static_cast<uint32_t>(row * Shared::kRowBytesD + granule * 16)
+                    );
+                } else {
+                    const int row = first + 16 * step + (lane & 15);
+                    const int granule = n / 8 + (lane >> 4);
+                    ldmatrix_x4_trans(
+                        b[0][0],
+                        b[0][1],
+                        b[1][0],
+                        b[1][1],
+                        d_tile + static_cast<uint32_t>(row * Shared::kRowBytesD + granule * 16)
+                    );
+                }
+                mma_16816(acc[0], x[step], b[0][0], b[0][1]);
+                mma_16816(acc[1], x[step], b[1][0], b[1][1]);
+            }
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int row = warp_row + (lane >> 2);
+                const int col = first + n + 8 * j + 2 * (lane & 3);
+                store_rotated(a, shared, row0, row, col0, col, acc[j][0], acc[j][1]);
+                store_rotated(a, shared, row0, row + 8, col0, col, acc[j][2], acc[j][3]);
+            }
+        }
+    }
+}
+
+__global__ void __launch_bounds__(256) rotate_plain_kernel(RotateArgs a, bool transpose) {
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+    if (index >= static_cast<int64_t>(a.rows) * a.width) {
+        return;
+    }
+    const int64_t row = index / a.width;
+    const int32_t col = static_cast<int32_t>(index % a.width);
+    const int32_t j = col % a.block;
+    const bf16* x = a.x + row * a.width + col - j;
+    const bf16* d = a.d + static_cast<int64_t>(col - j) * a.block;
+    float acc = 0.0f;
+    for (int32_t i = 0; i < a.block; ++i) {
+        const bf16 r = transpose ? d[static_cast<int64_t>(j) * a.block + i]
+                                 : d[static_cast<int64_t>(i) * a.block + j];
+        acc = __fmaf_rn(to_float(x[i]), to_float(r), acc);
+    }
+    float v = __fadd_rn(to_float(x[j]), acc);
+    if (a.accumulate) {
+        v = __fadd_rn(to_float(a.y[index]), v);
+    }
+    a.y[index] = round_bf16(v);
+}
+
+template <int kBlock, bool kTranspose>
+void launch_rotate(cudaStream_t queue, const RotateArgs& a) {
+    const auto kernel = rotate_kernel<kBlock, kTranspose>;
+    allow_shared_memory(kernel, RotateShared<kBlock>::kBytes);
+    constexpr int32_t kSlice = 32768 * kRotateRows;
+    for (int32_t row = 0; row < a.rows; row += kSlice) {
+        RotateArgs part = a;
+        part.rows = std::min(kSlice, a.rows - row);
+        part.x += static_cast<int64_t>(row) * a.width;
+        part.y += static_cast<int64_t>(row) * a.width;
+        const dim3 grid(
+            grid_dim(ceil_div(a.width, kWindow)), grid_dim_yz(ceil_div(part.rows, kRotateRows))
+        );
+        kernel<<<grid, kRotateThreads, RotateShared<kBlock>::kBytes, queue>>>(part);
+        LAUNCH_CHECK();
+    }
+}
+
+template <int kBlock>
+void launch_rotate(cudaStream_t queue, const RotateArgs& a, bool transpose) {
+    if (transpose) {
+        launch_rotate<kBlock, true>(queue, a);
+    } else {
+        launch_rotate<kBlock, false>(queue, a);
+    }
+}
+
+constexpr int kGradThreads = 256;
+constexpr int kGradTile = 64 * 256;  // bytes of 64 tokens x 128 columns
+constexpr int kGradShared = 4 * kGradTile;
+
+// One thread block: 128 columns, kGradientTokens tokens. Warp w owns rows 16w..16w+15 of the
+// window's rotation blocks and all columns of the block they belong to.
+template <int kBlock>
+__global__ void __launch_bounds__(kGradThreads) rotation_gradient_kernel(
+    const bf16* x, const bf16* dxr, int32_t rows, int32_t width, float* partial
+) {
+    extern __shared__ __align__(128) char shared[];
+    const int lane = threadIdx.x & 31;
+    const int warp = threadIdx.x >> 5;
+    const int32_t col0 = static_cast<int32_t>(blockIdx.x) * kWindow;
+    const int32_t begin = static_cast<int32_t>(blockIdx.y) * kGradientTokens;
+    const int32_t end = min(rows, begin + kGradientTokens);
+    const uint32_t base = shared_address(shared);
+    const int first = 16 * warp / kBlock * kBlock;  // the rotation block's first column
+    const auto load = [&](int32_t tile) {
+        const int32_t row = begin + tile * 64;
+        if (row < end) {
+            const uint32_t to = base + (tile & 1) * 2 * kGradTile;
+            load_token_tile<kGradThreads>(to, x, row, end, col0, width);
+            load_token_tile<kGradThreads>(to + kGradTile, dxr, row, end, col0, width);
+        }
+        copy_async_commit();
+    };
+    float acc[kBlock / 8][4] = {};
+    const int32_t tiles = (end - begin + 63) / 64;
+    load(0);
+    for (int32_t tile = 0; tile < tiles; ++tile) {
+        load(tile + 1);
+        copy_async_wait<1>();
+        __syncthreads();
+        const uint32_t x_tile = base + (tile & 1) * 2 * kGradTile;
+#pragma unroll
+        for (int k = 0; k < 64; k += 16) {
+            uint32_t a[4];
+            transposed_fragment(a, x_tile, 256, k, 2 * warp);
+#pragma unroll
+            for (int j = 0; j < kBlock / 8; j += 2) {
+                const int row = k + (lane & 15);
+                const int granule = first / 8 + j + (lane >> 4);
+                uint32_t b[4];
+                ldmatrix_x4_trans(
+                    b[0],
+                    b[1],
+                    b[2],
+                    b[3],
+                    x_tile + kGradTile +
+                        static_cast<uint32_t>(row * 256 + ((granule ^ (row & 7)) << 4))
+                );
+                mma_16816(acc[j], a, b[0], b[1]);
+                mma_16816(acc[j + 1], a, b[2], b[3]);
+            }
+        }
+        __syncthreads();
+    }
+    float* out = partial + static_cast<int64_t>(blockIdx.y) * width * kBlock;
+#pragma unroll
+    for (int j = 0; j < kBlock / 8; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const int32_t row = col0 + 16 * warp + (lane >> 2) + 8 * (c >> 1);
+            if (row < width) {
+                out[static_cast<int64_t>(row) * kBlock + 8 * j + 2 * (lane & 3) + (c & 1)] =
+                    acc[j][c];
+            }
+        }
+    }
+}
+
+__global__ void __launch_bounds__(256) rotation_gradient_plain_kernel(
+    const bf16* x, const bf16* dxr, int32_t rows, int32_t width, int32_t block, float* grad
+) {
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+    if (index >= static_cast<int64_t>(width) * block) {
+        return;
+    }
+    const int32_t i = static_cast<int32_t>(index / block);
+    const int32_t j = i / block * block + static_cast<int32_t>(index % block);
+    float sum = 0.0f;
+    for (int64_t t = 0; t < rows; ++t) {
+        sum = __fmaf_rn(to_float(x[t * width + i]), to_float(dxr[t * width + j]), sum);
+    }
+    grad[index] = __fadd_rn(grad[index], sum);
+}
+
+template <int kBlock>
+void launch_rotation_gradient(
+    Stream& stream, const bf16* x, const bf16* dxr, int32_t rows, int32_t width, float* grad
+) {
+    const ScratchScope scope(stream.scratch);
+    const int64_t count = static_cast<int64_t>(width) * kBlock;
+    const int64_t splits = ceil_div(rows, kGradientTokens);
+    auto* partial = static_cast<float*>(
+        stream.scratch.take_bytes(static_cast<size_t>(splits * count) * sizeof(float))
+    );
+    const auto kernel = rotation_gradient_kernel<kBlock>;
+    allow_shared_memory(kernel, kGradShared);
+    const cudaStream_t queue = queue_of(stream);
+    const dim3 grid(grid_dim(ceil_div(width, kWindow)), grid_dim_yz(splits));
+    kernel<<<grid, kGradThreads, kGradShared, queue>>>(x, dxr, rows, width, partial);
+    LAUNCH_CHECK();
+    add_partials(queue, partial, static_cast<int32_t>(splits), count, 1.0f, grad);
+}
+
+}  // namespace
+
+void rotate(cudaStream_t queue, const RotateArgs& a, bool transpose) {
+    switch (a.block) {
+        case 16:
+            return launch_rotate<16>(queue, a, transpose);
+        case 32:
+            return launch_rotate<32>(queue, a, transpose);
+        case 64:
+            return launch_rotate<64>(queue, a, transpose);
+        case 128:
+            return launch_rotate<128>(queue, a, transpose);
+        default:
+            break;
+    }
+    const int64_t count = static_cast<int64_t>(a.rows) * a.width;
+    rotate_plain_kernel<<<grid_dim(ceil_div(count, 256)), 256, 0, queue>>>(a, transpose);
+    LAUNCH_CHECK();
+}
+
+void rotation_gradient(
+    Stream& stream,
+    const bf16* x,
+    const bf16* dxr,
+    int32_t rows,
+    int32_t width,
+    int32_t block,
+    float* grad
+) {
+    switch (block) {
+        case 16:
+            return launch_rotation_gradient<16>(stream, x, dxr, rows, width, grad);
+        case 32:
+            return launch_rotation_gradient<32>(stream, x, dxr, rows, width, grad);
+        case 64:
+            return launch_rotation_gradient<64>(stream, x, dxr, rows, width, grad);
+        case 128:
+            return launch_rotation_gradient<128>(stream, x, dxr, rows, width, grad);
+        default:
+            break;
+    }
+    const int64_t count = static_cast<int64_t>(width) * block;
+    rotation_gradient_plain_kernel<<<grid_dim(ceil_div(count, 256)), 256, 0, queue_of(stream)>>>(
+        x, dxr, rows, width, block, grad
+    );
+    LAUNCH_CHECK();
+}
+
+}  // namespace orbit::cuda
