@@ -71,16 +71,19 @@ class WeightLoader {
     MoeWeights experts(const std::string& prefix) {
         MoeWeights moe;
         moe.router = matrix(prefix + "gate", false);
-        const auto add = [&](const std::string& module, ExpertWeights& to) {
-            const LinearWeights w = linear(module, false);
-            to.w.push_back(w.w);
-            to.sites.push_back(w.site);
+        const int64_t count = model_.config.num_experts;
+        MatrixStack gate(model_.arena, "base.gate_proj", count);
+        MatrixStack up(model_.arena, "base.up_proj", count);
+        MatrixStack down(model_.arena, "base.down_proj", count);
+        const auto add = [&](const std::string& module, MatrixStack& stack, ExpertWeights& to) {
+            to.w.push_back(stack.add(stream_, staged(module, true).matrix));
+            to.sites.push_back(add_site(module, to.w.back()));
         };
-        for (int64_t e = 0; e < model_.config.num_experts; ++e) {
+        for (int64_t e = 0; e < count; ++e) {
             const std::string expert = fmt::format("{}experts.{}.", prefix, e);
-            add(expert + "gate_proj", moe.gate);
-            add(expert + "up_proj", moe.up);
-            add(expert + "down_proj", moe.down);
+            add(expert + "gate_proj", gate, moe.gate);
+            add(expert + "up_proj", up, moe.up);
+            add(expert + "down_proj", down, moe.down);
         }
         return moe;
     }
@@ -92,22 +95,32 @@ class WeightLoader {
         if (has_bias) {
             w.bias = vector(module + ".bias");
         }
-        w.site = static_cast<int32_t>(model_.sites.size());
-        model_.sites.push_back({module, w.w.cols, w.w.rows});
+        w.site = add_site(module, w.w);
         return w;
     }
 
+    int32_t add_site(const std::string& module, const QuantizedMatrix& w) {
+        model_.sites.push_back({module, w.cols, w.rows});
+        return static_cast<int32_t>(model_.sites.size()) - 1;
+    }
+
     QuantizedMatrix matrix(const std::string& module, bool is_linear) {
+        const std::string leaf = module.substr(module.rfind('.') + 1);
+        return place_weight(
+            stream_, model_.arena, "base." + leaf, staged(module, is_linear).matrix
+        );
+    }
+
+    StagedWeight staged(const std::string& module, bool is_linear) {
         const StoredWeight& stored = take(module + ".weight");
         StagingOptions staging;
         staging.quantize_int4 = is_linear && options_.quantize == "int4";
         // The check mode rounds no value of a GGUF file (contract.md, Precision).
         staging.keep_f32 = checkpoint_.is_gguf && options_.compute == DType::kF32;
-        const StagedWeight staged = stage_matrix(stream_.threads(), stored, staging);
+        StagedWeight weight = stage_matrix(stream_.threads(), stored, staging);
         model_.largest_rounding_error =
-            std::max(model_.largest_rounding_error, staged.largest_rounding_error);
-        const std::string leaf = module.substr(module.rfind('.') + 1);
-        return place_weight(stream_, model_.arena, "base." + leaf, staged.matrix);
+            std::max(model_.largest_rounding_error, weight.largest_rounding_error);
+        return weight;
     }
 
     const float* vector(const std::string& name) {

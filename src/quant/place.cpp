@@ -2,29 +2,67 @@
 
 namespace orbit {
 
-QuantizedMatrix place_weight(
-    Stream& stream, Arena& arena, std::string_view name, const QuantizedMatrix& host
-) {
+namespace {
+
+constexpr size_t kAlignment = 256;
+
+size_t aligned(int64_t bytes) {
+    return (static_cast<size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+size_t data_bytes(const QuantizedMatrix& w) {
+    return static_cast<size_t>(w.rows * row_bytes(w.format, w.cols));
+}
+
+// `scales` is null when the format has none.
+QuantizedMatrix copied_to(Stream& stream, const QuantizedMatrix& host, void* data, void* scales) {
     QuantizedMatrix placed = host;
-    const auto data_bytes = static_cast<size_t>(host.rows * row_bytes(host.format, host.cols));
-    void* data = arena.take_bytes(name, data_bytes);
-    copy_to_device(stream, data, host.data, data_bytes);
+    copy_to_device(stream, data, host.data, data_bytes(host));
     placed.data = data;
-    const auto scale_bytes = static_cast<size_t>(host.scale_bytes());
-    if (scale_bytes > 0) {
+    if (scales != nullptr) {
         const bool is_int4 = host.format == WeightFormat::kInt4;
-        void* scales = arena.take_bytes(name, scale_bytes);
         const void* from = is_int4 ? host.scales : host.block_scales;
-        copy_to_device(stream, scales, from, scale_bytes);
-        if (is_int4) {
-            placed.scales = static_cast<const bf16*>(scales);
-        } else {
-            placed.block_scales = scales;
-        }
+        copy_to_device(stream, scales, from, static_cast<size_t>(host.scale_bytes()));
+        placed.scales = is_int4 ? static_cast<const bf16*>(scales) : nullptr;
+        placed.block_scales = is_int4 ? nullptr : scales;
     }
     // The host bytes may be a staging buffer that goes away.
     synchronize(stream);
     return placed;
+}
+
+}  // namespace
+
+QuantizedMatrix place_weight(
+    Stream& stream, Arena& arena, std::string_view name, const QuantizedMatrix& host
+) {
+    void* data = arena.take_bytes(name, data_bytes(host));
+    const auto scale_bytes = static_cast<size_t>(host.scale_bytes());
+    void* scales = scale_bytes > 0 ? arena.take_bytes(name, scale_bytes) : nullptr;
+    return copied_to(stream, host, data, scales);
+}
+
+QuantizedMatrix MatrixStack::add(Stream& stream, const QuantizedMatrix& host) {
+    if (used_ == 0) {
+        first_ = host;
+        const auto count = static_cast<size_t>(count_);
+        data_ = static_cast<std::byte*>(
+            arena_->take_bytes(name_, count * aligned(static_cast<int64_t>(data_bytes(host))))
+        );
+        if (host.scale_bytes() > 0) {
+            scales_ = static_cast<std::byte*>(
+                arena_->take_bytes(name_, count * aligned(host.scale_bytes()))
+            );
+        }
+    }
+    if (used_ == count_ || host.format != first_.format || host.rows != first_.rows ||
+        host.cols != first_.cols || host.group_size != first_.group_size) {
+        return place_weight(stream, *arena_, name_, host);
+    }
+    const auto at = static_cast<size_t>(used_++);
+    void* data = data_ + at * aligned(static_cast<int64_t>(data_bytes(host)));
+    void* scales = scales_ == nullptr ? nullptr : scales_ + at * aligned(host.scale_bytes());
+    return copied_to(stream, host, data, scales);
 }
 
 }  // namespace orbit

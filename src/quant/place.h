@@ -1,6 +1,8 @@
 // Copies a weight into its final place in an arena, in the layout the device's kernels read.
 #pragma once
 
+#include <cstddef>
+#include <string>
 #include <string_view>
 
 #include "device/device.h"
@@ -13,5 +15,25 @@ namespace orbit {
 QuantizedMatrix place_weight(
     Stream& stream, Arena& arena, std::string_view name, const QuantizedMatrix& host
 );
+
+// Matrices of one shape and format, placed at one distance from each other: the experts of a layer.
+// The first one decides; another one of a different kind gets a place of its own.
+class MatrixStack {
+  public:
+    MatrixStack(Arena& arena, std::string name, int64_t count)
+        : arena_(&arena), name_(std::move(name)), count_(count) {}
+
+    // As place_weight.
+    QuantizedMatrix add(Stream& stream, const QuantizedMatrix& host);
+
+  private:
+    Arena* arena_;
+    std::string name_;
+    int64_t count_;
+    int64_t used_ = 0;
+    QuantizedMatrix first_;
+    std::byte* data_ = nullptr;
+    std::byte* scales_ = nullptr;
+};
 
 }  // namespace orbit
