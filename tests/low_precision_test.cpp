@@ -165,5 +165,39 @@ TEST(LowPrecision, PlacedMatricesKeepTheirScales) {
     EXPECT_EQ(decode(placed, 0)[1], 6.0f);
 }
 
+TEST(LowPrecision, ExpertsLieAtOneDistance) {
+    const Device device = make_device("cpu", "auto", 2);
+    Stream stream(device);
+    Arena arena(device);
+    MatrixStack stack(arena, "experts", 3);
+    std::vector<QuantizedMatrix> placed;
+    for (uint8_t i = 0; i < 3; ++i) {
+        uint8_t bytes[16] = {static_cast<uint8_t>(0x50 + i)};
+        const uint8_t scales[2] = {0x38, 0x38};
+        QuantizedMatrix w;
+        w.format = WeightFormat::kNvFp4;
+        w.rows = 1;
+        w.cols = 32;
+        w.data = bytes;
+        w.block_scales = scales;
+        placed.push_back(stack.add(stream, w));
+    }
+    const auto at = [](const void* p) { return static_cast<const char*>(p); };
+    EXPECT_EQ(at(placed[1].data) - at(placed[0].data), at(placed[2].data) - at(placed[1].data));
+    EXPECT_EQ(
+        at(placed[1].block_scales) - at(placed[0].block_scales),
+        at(placed[2].block_scales) - at(placed[1].block_scales)
+    );
+    EXPECT_EQ(decode(placed[1], 0)[0], 0.5f);
+    EXPECT_EQ(decode(placed[2], 0)[0], 1.0f);
+    const float other[4] = {1, 2, 3, 4};
+    QuantizedMatrix plain;
+    plain.format = WeightFormat::kF32;
+    plain.rows = 1;
+    plain.cols = 4;
+    plain.data = other;
+    EXPECT_EQ(static_cast<const float*>(stack.add(stream, plain).data)[3], 4.0f);
+}
+
 }  // namespace
 }  // namespace orbit

@@ -17,6 +17,16 @@
 namespace orbit {
 namespace {
 
+std::string mlp_text(const ModelConfig& c) {
+    return c.num_experts == 0 ? fmt::format("MLP {}", c.mlp_width)
+                              : fmt::format(
+                                    "{} experts of {} ({} a token)",
+                                    c.num_experts,
+                                    c.expert_width,
+                                    c.experts_per_token
+                                );
+}
+
 std::string size_text(double bytes) {
     const char* units[] = {"bytes", "KB", "MB", "GB", "TB"};
     int unit = 0;
@@ -79,12 +89,12 @@ void inspect_model(const std::string& path) {
         checkpoint.is_gguf ? "a GGUF file" : "a Hugging Face folder"
     );
     fmt::print(
-        "{} parameters: {} layers, width {}, MLP {}, {} heads of {} ({} for keys and values), "
+        "{} parameters: {} layers, width {}, {}, {} heads of {} ({} for keys and values), "
         "vocabulary {}{}\n",
         count_text(parameters),
         c.num_layers,
         c.width,
-        c.mlp_width,
+        mlp_text(c),
         c.num_heads,
         c.head_dim,
         c.num_kv_heads,
