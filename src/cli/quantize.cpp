@@ -41,6 +41,14 @@ Plan make_plan(const Checkpoint& checkpoint, const QuantizeArgs& args) {
     Plan plan;
     for (const auto& expected : expected_weights(checkpoint.config)) {
         if (expected.linear && is_included(expected.name, args.include)) {
+            const StoredWeight& stored = checkpoint.weights.at(expected.name);
+            USER_CHECK(
+                stored.scales.empty() && stored.format <= WeightFormat::kF16,
+                "{}: \"{}\" is {} already; quantise the original model.",
+                stored.file,
+                expected.name,
+                format_name(stored.format)
+            );
             plan.packed.insert(expected.name);
         } else if (expected.linear || expected.name.ends_with(".mlp.gate.weight")) {
             plan.plain.push_back(module_of(expected.name));
