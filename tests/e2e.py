@@ -449,8 +449,17 @@ def test_quantize_writes_the_published_layout(folder):
     expect_user_error(orbit("quantize", MODEL, folder / "twice", "--format", "int4"), "already", "twice")
 
 
+def test_quantize_of_experts(folder):
+    path = ROOT / "tests/models/tiny-qwen3-moe"
+    result = orbit("quantize", path, folder / "nvfp4", "--format", "nvfp4", "--include", "experts")
+    expect_ok(result, "quantize")
+    expect_equal("24 matrices in nvfp4" in result.out, True, "three matrices of eight experts")
+    expect_ok(orbit("parity", folder / "nvfp4", "--texts", 4, "--longest", 32), "parity of the quantised folder")
+
+
 def test_tiny_models(_):
-    for family in ("qwen2", "llama"):  # biases and an untied head; llama3 rope scaling and three heads
+    # biases and an untied head; llama3 rope scaling and three heads; experts beside a dense layer
+    for family in ("qwen2", "llama", "qwen3-moe"):
         path = ROOT / f"tests/models/tiny-{family}"
         result = orbit("verify", path, "--reference", path, "--activations", "f32")
         print("   ", family, result.out.strip().splitlines()[-1] if result.out else result.err)
@@ -461,7 +470,8 @@ def test_tiny_models(_):
 def test_reference_models(_):
     if not MODELS:
         return "skipped"
-    for name in ("mini-llama", "mini-qwen3", "packed/mini-qwen3-int4"):
+    for name in ("mini-llama", "mini-qwen3", "packed/mini-qwen3-int4",
+                 "packed/mini-qwen3-moe-mxfp4"):
         path = f"{MODELS}/{name}"
         result = orbit("verify", path, "--reference", path, "--activations", "f32")
         print("   ", name, result.out.strip().splitlines()[-1] if result.out else result.err)

@@ -11,7 +11,7 @@ import pathlib
 import shutil
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 TOKENIZER = pathlib.Path(__file__).resolve().parent.parent / "models/mini-qwen3-int4"
 SIZES = {"vocab_size": 512, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "rms_norm_eps": 1e-5}
@@ -24,6 +24,11 @@ CONFIGS = {
                                  rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
     "qwen3": lambda: Qwen3Config(**SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
                                  tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    # What the larger reference model has not: a dense layer among the others, weights that do not sum to 1.
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8,
+                                        num_experts_per_tok=3, moe_intermediate_size=32, norm_topk_prob=False,
+                                        mlp_only_layers=[0], tie_word_embeddings=False,
+                                        rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
 }
 
 
