@@ -316,15 +316,18 @@ void add_attention_cases(CaseList& cases) {
         add_grad_case(cases, {1, 40, 2, 2, 32, compute});
     }
     // Several key tiles of 128, with every mix of the GPU's two kernels; and a group of 20 heads.
-    const auto add_gpu = [&](const Shape& s) {
+    // Over so many keys the rounding of the weights to bf16, which the contract asks for, shows:
+    // the CPU and an H100 are off by the same 1.1e-2 at the same element of the longest case, and
+    // its f32 twin holds 1e-5.
+    const auto add_long = [&](const Shape& s) {
         add_case(cases, s);
-        cases.back().gpu_only = true;
-        cases.back().forward_tolerance = 2e-2;  // weights rounded to bf16, over many more values
+        cases.back().forward_tolerance = s.compute == DType::kF32 ? 1e-5 : 2e-2;
     };
-    add_gpu({2, 700, 4, 2, 128, DType::kBF16});
-    add_gpu({3, 530, 4, 1, 64, DType::kBF16});
-    add_gpu({1, 1100, 2, 1, 128, DType::kBF16});
-    add_gpu({2, 140, 20, 1, 64, DType::kBF16});
+    add_long({2, 700, 4, 2, 128, DType::kBF16});
+    add_long({3, 530, 4, 1, 64, DType::kBF16});
+    add_long({1, 1100, 2, 1, 128, DType::kBF16});
+    add_long({1, 1100, 2, 1, 128, DType::kF32});
+    add_long({2, 140, 20, 1, 64, DType::kBF16});
     for (const Shape& s :
          {Shape{1, 150, 2, 1, 128, DType::kBF16}, Shape{2, 140, 3, 1, 64, DType::kBF16}}) {
         add_grad_case(cases, s);
