@@ -9,20 +9,6 @@
 namespace orbit {
 namespace {
 
-const char* status_name(ScoreStatus status) {
-    switch (status) {
-        case ScoreStatus::kScored:
-            return "scored";
-        case ScoreStatus::kCrashed:
-            return "crashed";
-        case ScoreStatus::kTimeout:
-            return "timeout";
-        case ScoreStatus::kBadOutput:
-            return "bad_output";
-    }
-    return "unknown";
-}
-
 void print_json(const Example& row, const Score& score) {
     nlohmann::ordered_json out;
     out["line"] = row.line;

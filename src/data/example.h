@@ -35,6 +35,21 @@ enum class ScoreStatus : uint8_t {
     kBadOutput,  // an answer that is not understood
 };
 
+// "scored", "crashed", "timeout" or "bad_output": the word that files and results use.
+inline const char* status_name(ScoreStatus status) {
+    switch (status) {
+        case ScoreStatus::kScored:
+            return "scored";
+        case ScoreStatus::kCrashed:
+            return "crashed";
+        case ScoreStatus::kTimeout:
+            return "timeout";
+        case ScoreStatus::kBadOutput:
+            return "bad_output";
+    }
+    return "unknown";
+}
+
 struct Score {
     ScoreStatus status = ScoreStatus::kScored;
     double value = 0;    // valid only when scored

@@ -42,7 +42,6 @@ struct ModelConfig {
     float norm_eps = 1e-6f;
     double rope_theta = 10000;
     RopeScaling rope_scaling;
-    bool rope_interleaved = false;  // GGUF files of the llama architecture
     bool tied_embeddings = false;
     bool qkv_bias = false;  // qwen2
     bool qk_norm = false;   // qwen3

@@ -107,7 +107,6 @@ RopeTable make_rope_table(
     table.sine = sine_table.as<float>();
     table.rotary_dim = static_cast<int32_t>(config.head_dim);
     table.max_positions = static_cast<int32_t>(rows);
-    table.interleaved = config.rope_interleaved;
     return table;
 }
 

@@ -8,10 +8,6 @@
 namespace orbit {
 namespace {
 
-int64_t pages_for(int64_t tokens) {
-    return (tokens + kPageTokens - 1) / kPageTokens;
-}
-
 std::vector<int32_t> page_range(int64_t first, int64_t count) {
     std::vector<int32_t> pages(static_cast<size_t>(count));
     std::iota(pages.begin(), pages.end(), static_cast<int32_t>(first));

@@ -12,6 +12,11 @@ namespace orbit {
 
 constexpr int32_t kPageTokens = 16;
 
+// Pages that hold `tokens` positions.
+constexpr int64_t pages_for(int64_t tokens) {
+    return (tokens + kPageTokens - 1) / kPageTokens;
+}
+
 struct BatchView {
     int32_t num_tokens = 0;
     int32_t num_sequences = 0;

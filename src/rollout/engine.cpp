@@ -10,10 +10,6 @@ namespace {
 
 constexpr int32_t kSparePage = 0;  // for the padding rows of a decode batch
 
-int64_t pages_for(int64_t tokens) {
-    return (tokens + kPageTokens - 1) / kPageTokens;
-}
-
 }  // namespace
 
 struct RolloutEngine::Group {

@@ -45,7 +45,8 @@ struct MoeOptions {
         field(
             "dequant_bytes",
             dequant_bytes,
-            "mixture of experts: memory for weights that are dequantised at a time"
+            "not read yet: experts are decoded a panel at a time, in no buffer that this could "
+            "bound"
         );
     }
 };

@@ -271,20 +271,6 @@ const char* finish_name(FinishReason reason) {
                                              : "abort";
 }
 
-const char* status_name(ScoreStatus status) {
-    switch (status) {
-        case ScoreStatus::kScored:
-            return "scored";
-        case ScoreStatus::kCrashed:
-            return "crashed";
-        case ScoreStatus::kTimeout:
-            return "timeout";
-        case ScoreStatus::kBadOutput:
-            return "bad_output";
-    }
-    return "?";
-}
-
 std::string rollout_lines(const StepReport& report) {
     std::string lines;
     for (const auto& group : report.groups) {
@@ -527,6 +513,9 @@ RunResult start_run(const Config& config, std::string path) {
         path,
         path
     );
+    if (config.moe.dequant_bytes != MoeOptions{}.dequant_bytes) {
+        warn_line("moe.dequant_bytes is not read yet and changes nothing in this version");
+    }
     Run run(config);
     run.folder = RunFolder::create(path);
     run.folder->write_config(to_toml(config));

@@ -29,7 +29,7 @@ ResponseRows pack(std::span<const TrainSequence> sequences) {
         CHECK_GE(sequence.prompt_length, 1);
         // The last token predicts nothing that is trained.
         const auto count = static_cast<int32_t>(ids.size()) - 1;
-        const int64_t pages = (count + kPageTokens - 1) / kPageTokens;
+        const int64_t pages = pages_for(count);
         std::vector<int32_t> table(static_cast<size_t>(pages));
         std::iota(table.begin(), table.end(), static_cast<int32_t>(packed.num_pages));
         packed.num_pages += pages;
