@@ -38,7 +38,7 @@ __device__ __forceinline__ void load_narrow(
 template <int kRank>
 __global__ void __launch_bounds__(kThreads)
     low_rank_gradient_kernel(LowRankGradient a, float* partial) {
-    extern __shared__ __align__(128) char shared[];
+    extern __shared__ __align__(1024) char shared[];
     const int lane = threadIdx.x & 31;
     const int warp = threadIdx.x >> 5;
     const int32_t col0 = static_cast<int32_t>(blockIdx.x) * kWindow;

@@ -120,7 +120,6 @@ void lora_backward(
         a.epilogue.lora_b = activations(lora_a);
         a.epilogue.ldu = static_cast<int32_t>(du.cols());
         a.epilogue.rank = static_cast<int32_t>(rank);
-        a.epilogue.lora_b_by_rank = true;
         a.epilogue.lora_scale = 1.0f;
         a.epilogue.residual = accumulate_dx ? activations(dx) : nullptr;
         matmul(queue_of(stream), p.w.format, Direction::kBackward, a);
@@ -186,7 +185,7 @@ void oft_backward(
 // Segments: the longest contractions of narrow weights are cut in two or four, one warp each at
 // decode. Wide weights have rows enough. Multiples of 64; the last segment may be shorter.
 int32_t forward_segment(int64_t n, int64_t k) {
-    const int64_t segments = n >= 8192 || k < 2048 ? 1 : (k <= 4096 ? 2 : 4);
+    const int64_t segments = n >= 8192 || k < 2048 ? 1 : (k < 3072 ? 2 : 4);
     return static_cast<int32_t>(ceil_div(ceil_div(k, segments), kTileK) * kTileK);
 }
 
@@ -201,26 +200,49 @@ int32_t num_segments(int64_t k, int32_t segment) {
     return static_cast<int32_t>(ceil_div(k, segment));
 }
 
-void matmul(cudaStream_t queue, WeightFormat format, Direction direction, const MatmulArgs& args) {
-    if (args.m == 0 || args.epilogue.columns == 0) {
+bool has_wgmma() {
+    int device = 0;
+    int major = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    return major == 9;
+}
+
+void matmul_group(
+    cudaStream_t queue, WeightFormat format, Direction direction, MatmulGroup& group
+) {
+    CHECK(group.count > 0 && group.count <= kMaxGroup);
+    for (int32_t i = 0; i < group.count; ++i) {
+        const MatmulArgs& a = group.args[i];
+        CHECK_EQ(a.m, group.args[0].m);
+        CHECK_GT(a.k, 0);
+        CHECK_GT(a.epilogue.columns, 0);
+    }
+    if (group.args[0].m == 0) {
         return;
     }
-    CHECK_GT(args.k, 0);
     check_supported(format);
     switch (format) {
         case WeightFormat::kBF16:
-            return matmul_format<WeightFormat::kBF16>(queue, direction, args);
+            return matmul_format<WeightFormat::kBF16>(queue, direction, group);
         case WeightFormat::kInt4:
-            return matmul_format<WeightFormat::kInt4>(queue, direction, args);
+            return matmul_format<WeightFormat::kInt4>(queue, direction, group);
         case WeightFormat::kQ8_0:
-            return matmul_format<WeightFormat::kQ8_0>(queue, direction, args);
+            return matmul_format<WeightFormat::kQ8_0>(queue, direction, group);
         case WeightFormat::kQ4_0:
-            return matmul_format<WeightFormat::kQ4_0>(queue, direction, args);
+            return matmul_format<WeightFormat::kQ4_0>(queue, direction, group);
         case WeightFormat::kQ4_1:
-            return matmul_format<WeightFormat::kQ4_1>(queue, direction, args);
+            return matmul_format<WeightFormat::kQ4_1>(queue, direction, group);
         default:
-            check_failed(__FILE__, __LINE__, "a format that check_supported() lets through");
+            break;  // check_supported has refused the rest
     }
+}
+
+void matmul(cudaStream_t queue, WeightFormat format, Direction direction, const MatmulArgs& args) {
+    MatmulGroup group;
+    group.args[0] = args;
+    group.count = 1;
+    matmul_group(queue, format, direction, group);
 }
 
 void linear(Stream& stream, const LinearParams& p, Tensor y) {

@@ -22,10 +22,9 @@ struct Epilogue {
     const float* bias = nullptr;     // [n]
     const bf16* residual = nullptr;  // [m, ldy]; may be y
     const bf16* lora_u = nullptr;    // [m, ldu], zero from column `rank` on
-    const bf16* lora_b = nullptr;    // [n, rank], or [rank, n] when lora_b_by_rank
+    const bf16* lora_b = nullptr;    // [n, rank]; in backward [rank, n]
     int32_t ldu = 0;                 // a multiple of 16
     int32_t rank = 0;
-    bool lora_b_by_rank = false;
     float lora_scale = 0.0f;
 };
 
@@ -40,6 +39,28 @@ struct MatmulArgs {
     Epilogue epilogue;
 };
 
+// Up to four products of one launch (q, k and v; gate and up), of one format and one m.
+constexpr int kMaxGroup = 4;
+
+struct MatmulGroup {
+    MatmulArgs args[kMaxGroup];
+    int32_t first_block[kMaxGroup + 1] = {};  // of each product, and one past the last
+    int32_t count = 0;
+};
+
+// The product that this thread block works on; `block` becomes the block's number inside it.
+__device__ __forceinline__ const MatmulArgs& product_of_block(
+    const MatmulGroup& group, int32_t& block
+) {
+    int32_t i = 0;
+    block = static_cast<int32_t>(blockIdx.x);
+    while (i + 1 < group.count && block >= group.first_block[i + 1]) {
+        ++i;
+    }
+    block -= group.first_block[i];
+    return group.args[i];
+}
+
 // Two bf16 of a row at even k, zero from `limit` on.
 __device__ __forceinline__ uint32_t load_pair(const bf16* row, int k, int limit) {
     if ((limit & 1) == 0) {
@@ -50,13 +71,14 @@ __device__ __forceinline__ uint32_t load_pair(const bf16* row, int k, int limit)
     return low | (high << 16);
 }
 
-// Row n of lora_b as bf16 pairs along the rank, whatever its layout.
+// Row n of lora_b as bf16 pairs along the rank; with kByRank lora_b is [rank, n].
+template <bool kByRank>
 __device__ __forceinline__ uint32_t
 lora_b_pair(const Epilogue& e, int32_t n, int32_t num_n, int k) {
     if (n >= num_n) {
         return 0;
     }
-    if (!e.lora_b_by_rank) {
+    if constexpr (!kByRank) {
         return load_pair(e.lora_b + static_cast<int64_t>(n) * e.rank, k, e.rank);
     }
     const bf16* column = e.lora_b + static_cast<int64_t>(k) * num_n + n;
@@ -65,37 +87,83 @@ lora_b_pair(const Epilogue& e, int32_t n, int32_t num_n, int k) {
     return low | (high << 16);
 }
 
-__device__ __forceinline__ uint32_t
-lora_u_pair(const Epilogue& e, int32_t m, int32_t num_m, int k) {
-    return m < num_m
-               ? *reinterpret_cast<const uint32_t*>(e.lora_u + static_cast<int64_t>(m) * e.ldu + k)
-               : 0u;
-}
-
-__device__ __forceinline__ float finish(
-    const Epilogue& e, float acc, float lora, int64_t m, int32_t n
+// Rows m and m + 8 of u, 16 of the rank: the M side of the instruction. Rows past the end repeat
+// the last one; what they give is not stored.
+__device__ __forceinline__ void lora_u_fragment(
+    uint32_t (&u)[4], const Epilogue& e, int32_t m, int32_t num_m, int k
 ) {
-    float v = __fmul_rn(acc, e.scale);
-    if (e.lora_u != nullptr) {
-        v = __fadd_rn(v, __fmul_rn(e.lora_scale, lora));
+    const int q2 = 2 * (threadIdx.x & 3);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int64_t row = min(m + 8 * i, num_m - 1);
+        const bf16* at = e.lora_u + row * e.ldu + k + q2;
+        u[i] = *reinterpret_cast<const uint32_t*>(at);
+        u[i + 2] = *reinterpret_cast<const uint32_t*>(at + 8);
     }
-    if (e.bias != nullptr) {
-        v = __fadd_rn(v, e.bias[n]);
-    }
-    if (e.residual != nullptr) {
-        v = __fadd_rn(v, to_float(e.residual[m * e.ldy + n]));
-    }
-    return v;
 }
 
-__device__ __forceinline__ void store_one(
-    const Epilogue& e, float acc, float lora, int32_t m, int32_t n, int32_t num_n
+// lora = u b^T for rows m, m + 8 and columns n.. of one fragment. `first`: the rank's first 16 of
+// u.
+template <bool kByRank>
+__device__ __forceinline__ void lora_fragment(
+    float (&lora)[4],
+    const Epilogue& e,
+    const uint32_t (&first)[4],
+    int32_t m,
+    int32_t num_m,
+    int32_t n,
+    int32_t num_n
+) {
+    const int lane = threadIdx.x & 31;
+    const int q2 = 2 * (lane & 3);
+    const int32_t row = n + (lane >> 2);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        lora[c] = 0.0f;
+    }
+    mma_16816(
+        lora,
+        first,
+        lora_b_pair<kByRank>(e, row, num_n, q2),
+        lora_b_pair<kByRank>(e, row, num_n, q2 + 8)
+    );
+#pragma unroll 1
+    for (int k = 16; k < e.ldu; k += 16) {
+        uint32_t u[4];
+        lora_u_fragment(u, e, m, num_m, k);
+        mma_16816(
+            lora,
+            u,
+            lora_b_pair<kByRank>(e, row, num_n, k + q2),
+            lora_b_pair<kByRank>(e, row, num_n, k + q2 + 8)
+        );
+    }
+}
+
+// scale acc + lora_scale lora: the part of the epilogue that is done on fragments.
+__device__ __forceinline__ float add_lora(const Epilogue& e, float acc, float lora) {
+    const float v = __fmul_rn(acc, e.scale);
+    return e.lora_u == nullptr ? v : __fadd_rn(v, __fmul_rn(e.lora_scale, lora));
+}
+
+// The rest of it, for one element; v holds what add_lora gave.
+__device__ __forceinline__ void finish_one(
+    const Epilogue& e, float v, int32_t m, int32_t n, int32_t num_n
 ) {
     if (n >= e.columns) {
         return;
     }
-    const float v = n < num_n ? finish(e, acc, lora, m, n) : 0.0f;
     const int64_t at = static_cast<int64_t>(m) * e.ldy + n;
+    if (n >= num_n) {
+        v = 0.0f;
+    } else {
+        if (e.bias != nullptr) {
+            v = __fadd_rn(v, e.bias[n]);
+        }
+        if (e.residual != nullptr) {
+            v = __fadd_rn(v, to_float(e.residual[at]));
+        }
+    }
     if (e.f32_out) {
         static_cast<float*>(e.y)[at] = v;
     } else {
@@ -103,30 +171,37 @@ __device__ __forceinline__ void store_one(
     }
 }
 
-// Elements (m, n) and (m, n + 1), n even.
-__device__ __forceinline__ void store_two(
-    const Epilogue& e,
-    float acc0,
-    float acc1,
-    float lora0,
-    float lora1,
-    int32_t m,
-    int32_t n,
-    int32_t num_n
+// Eight neighbouring elements, n a multiple of eight, in rows of a multiple of eight.
+__device__ __forceinline__ void finish_eight(
+    const Epilogue& e, float (&v)[8], int32_t m, int32_t n
 ) {
-    if (n + 1 < num_n && (e.ldy & 1) == 0) {
-        const float v0 = finish(e, acc0, lora0, m, n);
-        const float v1 = finish(e, acc1, lora1, m, n + 1);
-        const int64_t at = static_cast<int64_t>(m) * e.ldy + n;
-        if (e.f32_out) {
-            *reinterpret_cast<float2*>(static_cast<float*>(e.y) + at) = float2{v0, v1};
-        } else {
-            *reinterpret_cast<uint32_t*>(static_cast<bf16*>(e.y) + at) = pack_bf16(v0, v1);
+    const int64_t at = static_cast<int64_t>(m) * e.ldy + n;
+    if (e.bias != nullptr) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            v[i] = __fadd_rn(v[i], e.bias[n + i]);
         }
-        return;
     }
-    store_one(e, acc0, lora0, m, n, num_n);
-    store_one(e, acc1, lora1, m, n + 1, num_n);
+    if (e.residual != nullptr) {
+        const auto r = *reinterpret_cast<const uint4*>(e.residual + at);
+        const uint32_t pairs[4] = {r.x, r.y, r.z, r.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            v[2 * i] = __fadd_rn(v[2 * i], low_bf16(pairs[i]));
+            v[2 * i + 1] = __fadd_rn(v[2 * i + 1], high_bf16(pairs[i]));
+        }
+    }
+    if (e.f32_out) {
+        auto* y = reinterpret_cast<float4*>(static_cast<float*>(e.y) + at);
+        y[0] = float4{v[0], v[1], v[2], v[3]};
+        y[1] = float4{v[4], v[5], v[6], v[7]};
+    } else {
+        *reinterpret_cast<uint4*>(static_cast<bf16*>(e.y) + at) = uint4{
+            pack_bf16(v[0], v[1]),
+            pack_bf16(v[2], v[3]),
+            pack_bf16(v[4], v[5]),
+            pack_bf16(v[6], v[7])};
+    }
 }
 
 // Host side. Number of segments a weight's contraction is cut into: a function of its shape alone.
@@ -137,10 +212,15 @@ int32_t num_segments(int64_t k, int32_t segment);
 
 enum class Direction : uint8_t { kForward, kBackward };
 
+bool has_wgmma();  // of the current device: Hopper
+
 // Runs one member; format and shape pick it. matmul_*_cuda.cu.
 void matmul(cudaStream_t queue, WeightFormat format, Direction direction, const MatmulArgs& args);
 
+// Products of one format and one m in one launch. `group.first_block` is filled in here.
+void matmul_group(cudaStream_t queue, WeightFormat format, Direction direction, MatmulGroup& group);
+
 template <WeightFormat kFormat>
-void matmul_format(cudaStream_t queue, Direction direction, const MatmulArgs& args);
+void matmul_format(cudaStream_t queue, Direction direction, MatmulGroup& group);
 
 }  // namespace orbit::cuda

@@ -1,6 +1,7 @@
-// Member D: up to 16 rows of x. The operands trade places: 16 rows of the weight are the M side of
-// the instruction, the rows of x its N side. A warp owns 16 weight rows and one segment of the
-// contraction, and streams the packed bytes through its own cp.async ring.
+// Member D: up to 16 rows of x. A warp owns eight rows of the weight (the N side of the
+// instruction; x, padded to 16 rows, is the M side) and one segment of the contraction. It streams
+// the packed bytes through its own cp.async ring, deep enough that the memory's latency is paid
+// once.
 //
 // Inside a k16 step the columns are permuted: lane q of a quad takes columns 4q..4q+3, for both
 // operands. A step has no inner order, so this is neutral (performance.md 3.1, item 3).
@@ -11,27 +12,29 @@
 
 namespace orbit::cuda {
 
-constexpr int kDecodeWarps = 4;
-constexpr int kDecodeStages = 4;
-constexpr int kDecodeRows = 16;
+constexpr int32_t kDecodeMaxRows = 16;  // of x
+constexpr int kDecodeStages = 8;
+constexpr int kDecodeRows = 8;  // weight rows of a warp
 
 template <WeightFormat kFormat>
 struct DecodeLayout {
     static constexpr int kBlock = BlockBytes<kFormat>::value;
     static constexpr bool kAligned =
         kFormat == WeightFormat::kBF16 || kFormat == WeightFormat::kInt4;
-    // Columns of one stage.
-    static constexpr int kChunk = kFormat == WeightFormat::kBF16   ? 64
-                                  : kFormat == WeightFormat::kQ8_0 ? 128
-                                                                   : 256;
+    // Columns of one stage: such that its bytes in a row are a multiple of 16, so that a row's
+    // place inside a granule stays the same.
+    static constexpr int kChunk = kFormat == WeightFormat::kBF16 ? 64 : 256;
     static constexpr int kBytes = kChunk / 32 * kBlock;  // of one row of a stage
+    static_assert(kBytes % 16 == 0);
     // 16-byte granules that cover them, wherever a row starts inside a granule.
     static constexpr int kGranules = kAligned ? kBytes / 16 : (kBytes + 14 + 15) / 16;
+    static constexpr int kPerLane = (kDecodeRows * kGranules + 31) / 32;
     static constexpr int kStride = kFormat == WeightFormat::kBF16   ? 160
                                    : kFormat == WeightFormat::kInt4 ? 144
                                                                     : kGranules * 16;
     static constexpr int kScaleStride = kFormat == WeightFormat::kInt4 ? 32 : 0;
     static constexpr int kStageBytes = kDecodeRows * (kStride + kScaleStride);
+    static constexpr int kRingBytes = kDecodeStages * kStageBytes;
 };
 
 __device__ __forceinline__ uint32_t read_u16(const char* at) {
@@ -91,285 +94,295 @@ __device__ __forceinline__ void decode_quad(
     }
 }
 
-// A warp's stream of weight bytes: 16 rows, columns [k_begin, k_end).
+// A warp's stream of weight bytes: eight rows, columns [k_begin, k_end). A lane keeps the addresses
+// of the granules it copies; rows past the end repeat the last one.
 template <WeightFormat kFormat>
 struct WeightStream {
     using Layout = DecodeLayout<kFormat>;
-    const WeightView& w;
-    int32_t row0;
-    int32_t k_begin;
-    int32_t k_end;
-    char* ring;  // of this warp
+    const char* from[Layout::kPerLane];
+    int32_t left[Layout::kPerLane];  // bytes of the row's segment from this granule on
+    int32_t to[Layout::kPerLane];    // offset in a stage; -1: no granule
+    char* ring;                      // of this warp
+    int32_t chunk = 0;               // the next to copy
+    int32_t shift;                   // where the lane's row (g) starts inside a granule
+    const char* scales;              // kInt4: of row lane / 2 (copied), byte address
+    const char* lane_scales;         // of row g (read)
 
-    __device__ __forceinline__ const uint8_t* row_start(int row, int32_t k) const {
-        const int64_t at = min(row0 + row, w.rows - 1);
-        return w.data + at * w.row_bytes + static_cast<int64_t>(k >> 5) * Layout::kBlock;
+    __device__ __forceinline__
+    WeightStream(const WeightView& w, int32_t row0, int32_t k_begin, int32_t k_end, char* warp_ring)
+        : ring(warp_ring) {
+        const int lane = threadIdx.x & 31;
+        const int64_t start = static_cast<int64_t>(k_begin >> 5) * Layout::kBlock;
+        const int32_t columns = k_end - k_begin;
+        const int32_t bytes =
+            kFormat == WeightFormat::kBF16 ? columns * 2 : columns / 32 * Layout::kBlock;
+        const auto row_at = [&](int row) {
+            return reinterpret_cast<const char*>(
+                w.data + min(row0 + row, w.rows - 1) * w.row_bytes + start
+            );
+        };
+#pragma unroll
+        for (int i = 0; i < Layout::kPerLane; ++i) {
+            const int index = lane + 32 * i;
+            const int row = index / Layout::kGranules;
+            const int granule = index % Layout::kGranules;
+            const bool exists = row < kDecodeRows;
+            const char* at = row_at(exists ? row : 0);
+            const int into = static_cast<int>(reinterpret_cast<uintptr_t>(at) & 15);
+            from[i] = at - into + granule * 16;
+            left[i] = bytes + into - granule * 16;
+            to[i] = exists ? row * Layout::kStride + granule * 16 : -1;
+        }
+        shift = static_cast<int>(reinterpret_cast<uintptr_t>(row_at(lane >> 2)) & 15);
+        scales = nullptr;
+        lane_scales = nullptr;
+        if constexpr (kFormat == WeightFormat::kInt4) {
+            const auto scale_row = [&](int row) {
+                return reinterpret_cast<const char*>(
+                    w.scales + static_cast<int64_t>(min(row0 + row, w.rows - 1)) * w.scale_stride
+                );
+            };
+            scales = scale_row((lane >> 1) & 7);
+            lane_scales = scale_row(lane >> 2);
+        }
     }
 
-    __device__ __forceinline__ const uint8_t* scale_start(int row, int32_t k) const {
-        const int64_t at = min(row0 + row, w.rows - 1);
-        return reinterpret_cast<const uint8_t*>(
-            w.scales + at * w.scale_stride + (k >> w.group_shift)
-        );
-    }
-
-    __device__ __forceinline__ void issue(int32_t chunk) const {
+    // Copies the next chunk; nothing past the segment's end.
+    __device__ __forceinline__ void issue(const MatmulArgs& a, int32_t k_begin, int32_t k_end) {
         const int32_t k = k_begin + chunk * Layout::kChunk;
         if (k < k_end) {
-            const int lane = threadIdx.x & 31;
-            char* stage = ring + chunk % kDecodeStages * Layout::kStageBytes;
-            const int32_t columns = min(Layout::kChunk, k_end - k);
-            // bf16 rows end at any multiple of eight columns, blocks at a multiple of 32.
-            const int bytes =
-                kFormat == WeightFormat::kBF16 ? columns * 2 : columns / 32 * Layout::kBlock;
-            for (int i = lane; i < kDecodeRows * Layout::kGranules; i += 32) {
-                const int row = i / Layout::kGranules;
-                const int granule = i % Layout::kGranules;
-                copy(stage + row * Layout::kStride, row_start(row, k), bytes, granule);
+            const uint32_t stage =
+                shared_address(ring + chunk % kDecodeStages * Layout::kStageBytes);
+#pragma unroll
+            for (int i = 0; i < Layout::kPerLane; ++i) {
+                if (kDecodeRows * Layout::kGranules % 32 == 0 || to[i] >= 0) {
+                    copy_async_16(stage + to[i], from[i], left[i] > 0);
+                }
+                from[i] += Layout::kBytes;
+                left[i] -= Layout::kBytes;
             }
             if constexpr (kFormat == WeightFormat::kInt4) {
-                const int32_t groups =
-                    ((k + columns - 1) >> w.group_shift) - (k >> w.group_shift) + 1;
-                char* scales = stage + kDecodeRows * Layout::kStride;
-                const int row = lane >> 1;
-                copy(
-                    scales + row * Layout::kScaleStride, scale_start(row, k), groups * 2, lane & 1
-                );
+                const int lane = threadIdx.x & 31;
+                if (lane < 2 * kDecodeRows) {
+                    const int32_t last = min(k + Layout::kChunk, k_end) - 1;
+                    const char* first_byte = scales + 2 * (k >> a.w.group_shift);
+                    const char* end = scales + 2 * (last >> a.w.group_shift) + 2;
+                    const char* at = first_byte - (reinterpret_cast<uintptr_t>(first_byte) & 15) +
+                                     (lane & 1) * 16;
+                    copy_async_16(
+                        stage + kDecodeRows * Layout::kStride + (lane >> 1) * Layout::kScaleStride +
+                            (lane & 1) * 16,
+                        at,
+                        at < end
+                    );
+                }
             }
         }
+        ++chunk;
         copy_async_commit();
     }
-
-    // Granule `granule` of the aligned 16-byte granules that cover [from, from + bytes).
-    static __device__ __forceinline__ void copy(
-        char* to, const uint8_t* from, int bytes, int granule
-    ) {
-        const uintptr_t start = reinterpret_cast<uintptr_t>(from) & ~uintptr_t{15};
-        const uintptr_t at = start + static_cast<uintptr_t>(granule) * 16;
-        const bool valid = at < reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(bytes);
-        copy_async_16(
-            shared_address(to + granule * 16),
-            reinterpret_cast<const void*>(valid ? at : start),
-            valid
-        );
-    }
 };
 
-// Where the lane's two rows of a stage begin in shared memory.
-template <WeightFormat kFormat>
-struct StageRows {
-    const char* block[2];
-    const char* scale[2];
-
-    __device__ __forceinline__ StageRows(const WeightStream<kFormat>& s, int32_t chunk, int g) {
-        using Layout = DecodeLayout<kFormat>;
-        const int32_t k = s.k_begin + chunk * Layout::kChunk;
-        const char* stage = s.ring + chunk % kDecodeStages * Layout::kStageBytes;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int row = g + 8 * i;
-            const auto shift =
-                Layout::kAligned ? 0 : reinterpret_cast<uintptr_t>(s.row_start(row, k)) & 15;
-            block[i] = stage + row * Layout::kStride + shift;
-            scale[i] = nullptr;
-            if constexpr (kFormat == WeightFormat::kInt4) {
-                scale[i] = stage + kDecodeRows * Layout::kStride + row * Layout::kScaleStride +
-                           (reinterpret_cast<uintptr_t>(s.scale_start(row, k)) & 15);
-            }
-        }
-    }
-};
-
-// The lane's x values of 64 columns from k on: [k16 step][row of x], two pairs each.
-template <int kRowTiles>
+// The lane's x values of 64 columns: rows g and (kTall) g + 8, two pairs for each k16 step.
+template <bool kTall>
 struct QuadX {
-    uint2 v[4][kRowTiles];
+    uint2 low[4];
+    uint2 high[kTall ? 4 : 1];
 
-    __device__ __forceinline__ void load(const MatmulArgs& a, int32_t k, int32_t k_end) {
-        const int lane = threadIdx.x & 31;
+    // `row_low`, `row_high`: at this lane's columns. `left`: columns of the segment from here on.
+    __device__ __forceinline__ void load(const bf16* row_low, const bf16* row_high, int32_t left) {
+        const int32_t own = left - 4 * static_cast<int32_t>(threadIdx.x & 3);
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
-            const int32_t col = k + 16 * step + 4 * (lane & 3);
-#pragma unroll
-            for (int j = 0; j < kRowTiles; ++j) {
-                const int32_t m = 8 * j + (lane >> 2);
-                v[step][j] = m < a.m && col < k_end
-                                 ? *reinterpret_cast<const uint2*>(a.x + m * a.ldx + col)
-                                 : uint2{0, 0};
+            const bool inside = 16 * step < own;
+            low[step] = inside ? *reinterpret_cast<const uint2*>(row_low + 16 * step) : uint2{0, 0};
+            if constexpr (kTall) {
+                high[step] =
+                    inside ? *reinterpret_cast<const uint2*>(row_high + 16 * step) : uint2{0, 0};
             }
         }
     }
 };
 
-template <WeightFormat kFormat, int kRowTiles>
+template <WeightFormat kFormat, bool kTall>
 __device__ __forceinline__ void multiply_segment(
-    const MatmulArgs& a, const WeightStream<kFormat>& stream, float (&acc)[kRowTiles][4]
+    const MatmulArgs& a,
+    WeightStream<kFormat>& stream,
+    int32_t k_begin,
+    int32_t k_end,
+    float (&acc)[4]
 ) {
     using Layout = DecodeLayout<kFormat>;
     const int lane = threadIdx.x & 31;
     const int g = lane >> 2;
     const int q = lane & 3;
-    const int32_t chunks = (stream.k_end - stream.k_begin + Layout::kChunk - 1) / Layout::kChunk;
-#pragma unroll
-    for (int c = 0; c < kDecodeStages - 1; ++c) {
-        stream.issue(c);
-    }
-    QuadX<kRowTiles> next;
-    next.load(a, stream.k_begin, stream.k_end);
+    // Rows past the end repeat the last one; what they give is not stored.
+    const bf16* row_low = a.x + min(g, a.m - 1) * a.ldx + k_begin + 4 * q;
+    const bf16* row_high = a.x + min(g + 8, a.m - 1) * a.ldx + k_begin + 4 * q;
+    const auto load = [&](QuadX<kTall>& x, int32_t k) {
+        x.load(row_low + (k - k_begin), row_high + (k - k_begin), k_end - k);
+    };
+    QuadX<kTall> next;
+    QuadX<kTall> after;
+    load(next, k_begin);
+    load(after, k_begin + 64);
+    const int32_t chunks = (k_end - k_begin + Layout::kChunk - 1) / Layout::kChunk;
+#pragma unroll 1
     for (int32_t c = 0; c < chunks; ++c) {
         copy_async_wait<kDecodeStages - 2>();
         __syncwarp();  // Every lane's bytes are there, and every lane left the stage of c - 1.
-        stream.issue(c + kDecodeStages - 1);
-        const StageRows<kFormat> rows(stream, c, g);
+        stream.issue(a, k_begin, k_end);
+        const int32_t k0 = k_begin + c * Layout::kChunk;
+        const char* stage = stream.ring + c % kDecodeStages * Layout::kStageBytes;
+        const char* row = stage + g * Layout::kStride + stream.shift;
+        const char* scale_row = nullptr;
+        if constexpr (kFormat == WeightFormat::kInt4) {
+            const char* first = stream.lane_scales + 2 * (k0 >> a.w.group_shift);
+            scale_row = stage + kDecodeRows * Layout::kStride + g * Layout::kScaleStride +
+                        (reinterpret_cast<uintptr_t>(first) & 15);
+        }
 #pragma unroll
         for (int sub = 0; sub < Layout::kChunk / 64; ++sub) {
-            const int32_t k = stream.k_begin + c * Layout::kChunk + sub * 64;
-            if (k >= stream.k_end) {
+            const int32_t k = k0 + sub * 64;
+            if (k >= k_end) {
                 break;
             }
-            const QuadX<kRowTiles> x = next;
-            next.load(a, k + 64, stream.k_end);
+            const QuadX<kTall> x = next;
+            next = after;
+            load(after, k + 128);
 #pragma unroll
             for (int b = 0; b < 2; ++b) {
-                if (k + 32 * b >= stream.k_end) {
+                if (k + 32 * b >= k_end) {
                     break;
                 }
-                uint32_t pair[2][4];
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    bf16 scale{};
-                    if constexpr (kFormat == WeightFormat::kInt4) {
-                        const int32_t k0 = stream.k_begin + c * Layout::kChunk;
-                        const int group =
-                            ((k + 32 * b) >> a.w.group_shift) - (k0 >> a.w.group_shift);
-                        scale.bits = static_cast<uint16_t>(read_u16(rows.scale[i] + 2 * group));
-                    }
-                    decode_quad<kFormat>(
-                        rows.block[i] + (2 * sub + b) * Layout::kBlock, scale, q, pair[i]
-                    );
+                bf16 scale{};
+                if constexpr (kFormat == WeightFormat::kInt4) {
+                    const int group = ((k + 32 * b) >> a.w.group_shift) - (k0 >> a.w.group_shift);
+                    scale.bits = static_cast<uint16_t>(read_u16(scale_row + 2 * group));
                 }
+                uint32_t pair[4];
+                decode_quad<kFormat>(row + (2 * sub + b) * Layout::kBlock, scale, q, pair);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const uint32_t w[4] = {
-                        pair[0][2 * half],
-                        pair[1][2 * half],
-                        pair[0][2 * half + 1],
-                        pair[1][2 * half + 1]};
-#pragma unroll
-                    for (int j = 0; j < kRowTiles; ++j) {
-                        const uint2 v = x.v[2 * b + half][j];
-                        mma_16816(acc[j], w, v.x, v.y);
-                    }
+                    const int step = 2 * b + half;
+                    const uint32_t m[4] = {
+                        x.low[step].x,
+                        kTall ? x.high[kTall ? step : 0].x : 0u,
+                        x.low[step].y,
+                        kTall ? x.high[kTall ? step : 0].y : 0u};
+                    mma_16816(acc, m, pair[2 * half], pair[2 * half + 1]);
                 }
             }
         }
     }
 }
 
-// Epilogue with the roles exchanged: rows of the fragment are weight rows, columns rows of x.
-template <int kRowTiles>
 __device__ __forceinline__ void store_decode(
-    const MatmulArgs& a, const float (&acc)[kRowTiles][4], int32_t row0
+    const MatmulArgs& a, const float (&acc)[4], int32_t row0
 ) {
     const int lane = threadIdx.x & 31;
-    const int q2 = 2 * (lane & 3);
-    const int32_t n = row0 + (lane >> 2);
+    const int32_t m = lane >> 2;
     const Epilogue& e = a.epilogue;
+    float lora[4] = {};
+    if (e.lora_u != nullptr) {
+        uint32_t u[4];
+        lora_u_fragment(u, e, m, a.m, 0);
+        lora_fragment<false>(lora, e, u, m, a.m, row0, a.n);
+    }
 #pragma unroll
-    for (int j = 0; j < kRowTiles; ++j) {
-        float lora[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (e.lora_u != nullptr) {
-            for (int k = 0; k < e.ldu; k += 16) {
-                const uint32_t b[4] = {
-                    lora_b_pair(e, n, a.n, k + q2),
-                    lora_b_pair(e, n + 8, a.n, k + q2),
-                    lora_b_pair(e, n, a.n, k + q2 + 8),
-                    lora_b_pair(e, n + 8, a.n, k + q2 + 8)};
-                const int32_t m = 8 * j + (lane >> 2);
-                mma_16816(
-                    lora, b, lora_u_pair(e, m, a.m, k + q2), lora_u_pair(e, m, a.m, k + q2 + 8)
-                );
-            }
-        }
-        const int32_t m = 8 * j + q2;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            if (m + (c & 1) < a.m) {
-                store_one(e, acc[j][c], lora[c], m + (c & 1), n + 8 * (c >> 1), a.n);
-            }
+    for (int c = 0; c < 4; ++c) {
+        const int32_t row = m + 8 * (c >> 1);
+        if (row < a.m) {
+            finish_one(e, add_lora(e, acc[c], lora[c]), row, row0 + 2 * (lane & 3) + (c & 1), a.n);
         }
     }
 }
 
-template <WeightFormat kFormat, int kRowTiles>
-__global__ void __launch_bounds__(32 * kDecodeWarps)
-    matmul_decode_kernel(MatmulArgs a, int32_t segments) {
-    extern __shared__ __align__(128) char shared[];
+// `segments` warps side by side share eight weight rows.
+template <WeightFormat kFormat, bool kTall>
+__global__ void __launch_bounds__(128)
+    matmul_decode_kernel(const __grid_constant__ MatmulGroup group) {
+    extern __shared__ __align__(1024) char shared[];
     using Layout = DecodeLayout<kFormat>;
+    int32_t block = 0;
+    const MatmulArgs& a = product_of_block(group, block);
     const int warp = threadIdx.x >> 5;
     const int lane = threadIdx.x & 31;
+    const int num_warps = static_cast<int>(blockDim.x) >> 5;
+    const int32_t segments = (a.k + a.segment - 1) / a.segment;
     const int32_t segment = warp % segments;
-    const int32_t tile =
-        static_cast<int32_t>(blockIdx.x) * (kDecodeWarps / segments) + warp / segments;
-    const int32_t row0 = tile * kDecodeRows;
+    const int32_t row0 = (block * (num_warps / segments) + warp / segments) * kDecodeRows;
     const int32_t k_begin = segment * a.segment;
-    char* ring = shared + warp * (kDecodeStages * Layout::kStageBytes);
-
-    float acc[kRowTiles][4] = {};
-    if (row0 < a.w.rows) {
-        const WeightStream<kFormat> stream{a.w, row0, k_begin, min(a.k, k_begin + a.segment), ring};
-        multiply_segment<kFormat, kRowTiles>(a, stream, acc);
+    const int32_t k_end = min(a.k, k_begin + a.segment);
+    float acc[4] = {};
+    release_successor();
+    if (row0 < a.epilogue.columns) {
+        WeightStream<kFormat> stream(a.w, row0, k_begin, k_end, shared + warp * Layout::kRingBytes);
+        // The weights are constant: their loads need not wait.
+#pragma unroll 1
+        for (int c = 0; c < kDecodeStages - 1; ++c) {
+            stream.issue(a, k_begin, k_end);
+        }
+        wait_for_predecessor();
+        multiply_segment<kFormat, kTall>(a, stream, k_begin, k_end, acc);
+    } else {
+        wait_for_predecessor();
     }
     if (segments > 1) {
-        auto* partial =
-            reinterpret_cast<float*>(shared + kDecodeWarps * kDecodeStages * Layout::kStageBytes);
-        constexpr int kWarpFloats = kRowTiles * 4 * 32;
+        auto* partial = reinterpret_cast<float*>(shared + num_warps * Layout::kRingBytes);
 #pragma unroll
-        for (int i = 0; i < kRowTiles * 4; ++i) {
-            partial[warp * kWarpFloats + i * 32 + lane] = acc[i / 4][i % 4];
+        for (int i = 0; i < 4; ++i) {
+            partial[(warp * 4 + i) * 32 + lane] = acc[i];
         }
         __syncthreads();
         if (segment != 0) {
             return;
         }
 #pragma unroll
-        for (int i = 0; i < kRowTiles * 4; ++i) {
+        for (int i = 0; i < 4; ++i) {
             float sum = 0.0f;
             for (int s = 0; s < segments; ++s) {
-                sum = __fadd_rn(sum, partial[(warp + s) * kWarpFloats + i * 32 + lane]);
+                sum = __fadd_rn(sum, partial[((warp + s) * 4 + i) * 32 + lane]);
             }
-            acc[i / 4][i % 4] = sum;
+            acc[i] = sum;
         }
     }
     if (row0 < a.epilogue.columns) {
-        store_decode<kRowTiles>(a, acc, row0);
+        store_decode(a, acc, row0);
     }
-}
-
-template <WeightFormat kFormat, int kRowTiles>
-void launch_decode_tiles(cudaStream_t queue, const MatmulArgs& a) {
-    using Layout = DecodeLayout<kFormat>;
-    const int32_t segments = num_segments(a.k, a.segment);
-    CHECK(segments == 1 || segments == 2 || segments == 4);
-    const auto kernel = matmul_decode_kernel<kFormat, kRowTiles>;
-    constexpr size_t kShared = size_t{kDecodeWarps} * kDecodeStages * Layout::kStageBytes +
-                               size_t{kDecodeWarps} * kRowTiles * 4 * 32 * sizeof(float);
-    allow_shared_memory(kernel, kShared);
-    const int64_t tiles = ceil_div(a.epilogue.columns, kDecodeRows);
-    const int64_t blocks = ceil_div(tiles, kDecodeWarps / segments);
-    kernel<<<grid_dim(blocks), 32 * kDecodeWarps, kShared, queue>>>(a, segments);
-    LAUNCH_CHECK();
 }
 
 template <WeightFormat kFormat>
-void launch_decode(cudaStream_t queue, const MatmulArgs& a) {
-    if (a.m <= 8) {
-        launch_decode_tiles<kFormat, 1>(queue, a);
-    } else {
-        launch_decode_tiles<kFormat, 2>(queue, a);
+void launch_decode(cudaStream_t queue, MatmulGroup& group) {
+    using Layout = DecodeLayout<kFormat>;
+    // Two warps a block spread few rows over more multiprocessors; four share more of x.
+    int64_t all_warps = 0;
+    int32_t most_segments = 1;
+    for (int32_t i = 0; i < group.count; ++i) {
+        const MatmulArgs& a = group.args[i];
+        const int32_t segments = num_segments(a.k, a.segment);
+        CHECK(segments == 1 || segments == 2 || segments == 4);
+        most_segments = std::max(most_segments, segments);
+        all_warps += ceil_div(a.epilogue.columns, kDecodeRows) * segments;
     }
+    const int num_warps = all_warps < 4 * 132 && most_segments <= 2 ? 2 : 4;
+    int64_t blocks = 0;
+    for (int32_t i = 0; i < group.count; ++i) {
+        const MatmulArgs& a = group.args[i];
+        group.first_block[i] = static_cast<int32_t>(blocks);
+        blocks += ceil_div(
+            ceil_div(a.epilogue.columns, kDecodeRows), num_warps / num_segments(a.k, a.segment)
+        );
+    }
+    group.first_block[group.count] = static_cast<int32_t>(blocks);
+    const auto kernel = group.args[0].m <= 8 ? matmul_decode_kernel<kFormat, false>
+                                             : matmul_decode_kernel<kFormat, true>;
+    const size_t shared =
+        static_cast<size_t>(num_warps) * (Layout::kRingBytes + 4 * 32 * sizeof(float));
+    allow_shared_memory(kernel, shared);
+    launch_early(
+        kernel, dim3(grid_dim(blocks)), static_cast<unsigned>(num_warps) * 32, shared, queue, group
+    );
 }
-
-constexpr int32_t kDecodeMaxRows = 16;
 
 }  // namespace orbit::cuda

@@ -2,14 +2,14 @@
 #pragma once
 
 #include "ops/matmul_decode_cuda.cuh"
-#include "ops/matmul_tile_cuda.cuh"
+#include "ops/matmul_wgmma_cuda.cuh"
 
 namespace orbit::cuda {
 
 // Member R, plain: one warp a tile of 16 x 8, elements read one by one. For shapes whose rows are
 // not 16-byte aligned.
 template <WeightFormat kFormat, bool kBackward>
-__global__ void __launch_bounds__(32) matmul_plain_kernel(MatmulArgs a) {
+__global__ void __launch_bounds__(32) matmul_plain_kernel(const __grid_constant__ MatmulArgs a) {
     const int lane = threadIdx.x;
     const int g = lane >> 2;
     const int q2 = 2 * (lane & 3);
@@ -51,24 +51,14 @@ __global__ void __launch_bounds__(32) matmul_plain_kernel(MatmulArgs a) {
     const Epilogue& e = a.epilogue;
     float lora[4] = {};
     if (e.lora_u != nullptr) {
-        for (int k = 0; k < e.ldu; k += 16) {
-            const uint32_t u[4] = {
-                lora_u_pair(e, m0 + g, a.m, k + q2),
-                lora_u_pair(e, m0 + g + 8, a.m, k + q2),
-                lora_u_pair(e, m0 + g, a.m, k + q2 + 8),
-                lora_u_pair(e, m0 + g + 8, a.m, k + q2 + 8)};
-            mma_16816(
-                lora,
-                u,
-                lora_b_pair(e, n0 + g, a.n, k + q2),
-                lora_b_pair(e, n0 + g, a.n, k + q2 + 8)
-            );
-        }
+        uint32_t u[4];
+        lora_u_fragment(u, e, m0 + g, a.m, 0);
+        lora_fragment<kBackward>(lora, e, u, m0 + g, a.m, n0, a.n);
     }
     for (int c = 0; c < 4; ++c) {
         const int32_t m = m0 + g + 8 * (c >> 1);
         if (m < a.m) {
-            store_one(e, acc[c], lora[c], m, n0 + q2 + (c & 1), a.n);
+            finish_one(e, add_lora(e, acc[c], lora[c]), m, n0 + q2 + (c & 1), a.n);
         }
     }
 }
@@ -91,28 +81,87 @@ void launch_plain(cudaStream_t queue, const MatmulArgs& a) {
     }
 }
 
+inline int64_t count_blocks(const MatmulGroup& group, int64_t tile_m, int64_t tile_n) {
+    int64_t blocks = 0;
+    for (int32_t i = 0; i < group.count; ++i) {
+        const MatmulArgs& a = group.args[i];
+        blocks += ceil_div(a.m, tile_m) * ceil_div(a.epilogue.columns, tile_n);
+    }
+    return blocks;
+}
+
+// Few rows, few columns: small tiles, and a team for each segment when all products have as many.
+template <WeightFormat kFormat, bool kSegmented>
+void launch_small_tile(cudaStream_t queue, MatmulGroup& group) {
+    const int32_t teams = num_segments(group.args[0].k, group.args[0].segment);
+    bool same = kSegmented;
+    for (int32_t i = 0; i < group.count; ++i) {
+        same = same && num_segments(group.args[i].k, group.args[i].segment) == teams;
+    }
+    const bool tiny = count_blocks(group, 64, 32) < 66;
+    if (same && teams == 2) {
+        if (tiny) {
+            launch_tile<TinyTile, kFormat, false, false, 2>(queue, group);
+        } else {
+            launch_tile<NarrowTile, kFormat, false, false, 2>(queue, group);
+        }
+    } else if (same && teams == 4) {
+        launch_tile<TinyTile, kFormat, false, false, 4>(queue, group);
+    } else if (tiny) {
+        launch_tile<TinyTile, kFormat, false, kSegmented>(queue, group);
+    } else {
+        launch_tile<NarrowTile, kFormat, false, kSegmented>(queue, group);
+    }
+}
+
+template <WeightFormat kFormat, bool kBackward, bool kSegmented>
+void launch_best_tile(cudaStream_t queue, MatmulGroup& group) {
+    constexpr int64_t kEnoughBlocks = 100;  // of about 132 multiprocessors
+    if (group.args[0].m > 64 && count_blocks(group, 128, 128) >= kEnoughBlocks) {
+        if (has_wgmma()) {
+            launch_wgmma<kFormat, kBackward, kSegmented>(queue, group);
+        } else {
+            launch_tile<WideTile, kFormat, kBackward, kSegmented>(queue, group);
+        }
+    } else if (kBackward || count_blocks(group, 64, 64) >= kEnoughBlocks) {
+        launch_tile<MediumTile, kFormat, kBackward, kSegmented>(queue, group);
+    } else if constexpr (!kBackward) {
+        launch_small_tile<kFormat, kSegmented>(queue, group);
+    }
+}
+
 // All members give the same bits; which one runs is a matter of speed and alignment only.
 template <WeightFormat kFormat>
-void matmul_format(cudaStream_t queue, Direction direction, const MatmulArgs& a) {
-    const auto address = reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.w.data);
-    const bool aligned = a.k % 8 == 0 && a.ldx % 8 == 0 && a.w.cols % 8 == 0 && address % 16 == 0;
-    const bool segmented = a.segment < a.k;
-    if (direction == Direction::kForward) {
-        if (!aligned) {
-            launch_plain<kFormat, false>(queue, a);
-        } else if (a.m <= kDecodeMaxRows) {
-            launch_decode<kFormat>(queue, a);
-        } else if (segmented) {
-            launch_best_tile<kFormat, false, true>(queue, a);
-        } else {
-            launch_best_tile<kFormat, false, false>(queue, a);
+void matmul_format(cudaStream_t queue, Direction direction, MatmulGroup& group) {
+    bool aligned = true;
+    bool segmented = false;
+    for (int32_t i = 0; i < group.count; ++i) {
+        const MatmulArgs& a = group.args[i];
+        const auto address =
+            reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.w.data);
+        aligned =
+            aligned && a.k % 8 == 0 && a.ldx % 8 == 0 && a.w.cols % 8 == 0 && address % 16 == 0;
+        segmented = segmented || a.segment < a.k;
+    }
+    const bool forward = direction == Direction::kForward;
+    if (!aligned) {
+        for (int32_t i = 0; i < group.count; ++i) {
+            if (forward) {
+                launch_plain<kFormat, false>(queue, group.args[i]);
+            } else {
+                launch_plain<kFormat, true>(queue, group.args[i]);
+            }
         }
-    } else if (!aligned) {
-        launch_plain<kFormat, true>(queue, a);
+    } else if (forward && group.args[0].m <= kDecodeMaxRows) {
+        launch_decode<kFormat>(queue, group);
+    } else if (forward && segmented) {
+        launch_best_tile<kFormat, false, true>(queue, group);
+    } else if (forward) {
+        launch_best_tile<kFormat, false, false>(queue, group);
     } else if (segmented) {
-        launch_best_tile<kFormat, true, true>(queue, a);
+        launch_best_tile<kFormat, true, true>(queue, group);
     } else {
-        launch_best_tile<kFormat, true, false>(queue, a);
+        launch_best_tile<kFormat, true, false>(queue, group);
     }
 }
 

@@ -2,6 +2,6 @@
 
 namespace orbit::cuda {
 
-template void matmul_format<WeightFormat::kQ8_0>(cudaStream_t, Direction, const MatmulArgs&);
+template void matmul_format<WeightFormat::kQ8_0>(cudaStream_t, Direction, MatmulGroup&);
 
 }  // namespace orbit::cuda

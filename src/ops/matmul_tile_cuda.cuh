@@ -4,6 +4,8 @@
 // (ldmatrix.trans).
 #pragma once
 
+#include <type_traits>
+
 #include "device/cuda/check.cuh"
 #include "ops/matmul_cuda.cuh"
 
@@ -25,84 +27,190 @@ struct TileShape {
     static constexpr int kBytesW = kN * kTileK * 2;
     static constexpr int kStageBytes = kBytesX + kBytesW;
     static constexpr int kSharedBytes = kStages * kStageBytes;
+    // The output tile in fp32, on its way to memory; rows padded against bank conflicts.
+    static constexpr int kRowFloats = kN + 8;
+    static constexpr int kOutputBytes = kM * kRowFloats * 4;
+
+    // A block may hold several teams of kThreads, each with a segment of the contraction.
+    static __device__ __forceinline__ int thread() {
+        return static_cast<int>(threadIdx.x) % kThreads;
+    }
+
+    static __device__ __forceinline__ int warp() { return thread() >> 5; }
 };
 
-// Rows of 128 bytes and more, their 16-byte granules permuted so that eight consecutive rows of one
-// granule column lie in different banks.
-__device__ __forceinline__ uint32_t swizzled(int row, int granule, int row_bytes) {
-    return static_cast<uint32_t>(row * row_bytes + ((granule ^ (row & 7)) << 4));
+// Rows of 128 bytes, their 16-byte granules permuted so that eight consecutive rows of one granule
+// column lie in different banks: the matrix unit's own 128-byte swizzle.
+__device__ __forceinline__ uint32_t swizzled(int row, int granule) {
+    return static_cast<uint32_t>(row * 128 + ((granule ^ (row & 7)) << 4));
 }
 
+// Weight tiles are stored as rows of 64 values: forward, one row a weight row, along the
+// contraction; backward, one row a weight row too, but 64 columns of the output at a time.
+constexpr int kColumnBlockBytes = kTileK * 128;
+
+template <bool kBackward>
+__device__ __forceinline__ uint32_t weight_offset(int row, int granule) {
+    if constexpr (kBackward) {
+        return static_cast<uint32_t>(granule >> 3) * kColumnBlockBytes + swizzled(row, granule & 7);
+    }
+    return swizzled(row, granule);
+}
+
+// Loaders keep their addresses and only add to them: a warp alone on its scheduler pays for every
+// instruction of the loop. Rows and columns past the end of a matrix repeat its last ones, because
+// what they lead to is never stored; only the contraction's tail must be zeros.
+
+// The x tile: rows m0.., 64 of the contraction a step.
 template <typename Shape>
-__device__ __forceinline__ void load_x_tile(
-    const MatmulArgs& a, uint32_t to, int32_t m0, int32_t k0
-) {
-#pragma unroll
-    for (int i = 0; i < Shape::kM * 8 / Shape::kThreads; ++i) {
-        const int index = static_cast<int>(threadIdx.x) + i * Shape::kThreads;
-        const int row = index >> 3;
-        const int granule = index & 7;
-        const int32_t m = m0 + row;
-        const int32_t k = k0 + granule * 8;
-        const bool valid = m < a.m && k < a.k;
-        const bf16* from = valid ? a.x + m * a.ldx + k : a.x;
-        copy_async_16(to + swizzled(row, granule, 128), from, valid);
-    }
-}
+struct TileX {
+    static constexpr int kCount = Shape::kM * 8 / Shape::kThreads;
+    static constexpr int kRowStep = Shape::kThreads / 8;  // a multiple of 8: one swizzle for all
+    const char* from[kCount];
+    uint32_t to;
 
+    __device__ __forceinline__ TileX(const MatmulArgs& a, int32_t m0, int32_t k_begin) {
+        const int granule = Shape::thread() & 7;
+        const int row = Shape::thread() >> 3;
+        to = swizzled(row, granule);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const int64_t m = min(m0 + row + i * kRowStep, a.m - 1);
+            from[i] = reinterpret_cast<const char*>(a.x + m * a.ldx + k_begin + granule * 8);
+        }
+    }
+
+    // `left` of the contraction, from this step on.
+    __device__ __forceinline__ void load(uint32_t tile, int32_t left) {
+        if (left >= kTileK) {
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+                copy_async_16(tile + to + i * kRowStep * 128, from[i]);
+                from[i] += kTileK * 2;
+            }
+            return;
+        }
+        const bool valid = (Shape::thread() & 7) * 8 < left;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            copy_async_16(tile + to + i * kRowStep * 128, valid ? from[i] : from[0], valid);
+        }
+    }
+};
+
+// The tile of a bf16 weight.
 template <typename Shape, bool kBackward>
-__device__ __forceinline__ void load_bf16_tile(
-    const MatmulArgs& a, uint32_t to, int32_t n0, int32_t k0
-) {
-    constexpr int kRowGranules = kBackward ? Shape::kN / 8 : 8;
-#pragma unroll
-    for (int i = 0; i < Shape::kN * 8 / Shape::kThreads; ++i) {
-        const int index = static_cast<int>(threadIdx.x) + i * Shape::kThreads;
-        const int row = index / kRowGranules;
-        const int granule = index % kRowGranules;
-        const int32_t w_row = (kBackward ? k0 : n0) + row;
-        const int32_t w_col = (kBackward ? n0 : k0) + granule * 8;
-        const bool valid = w_row < a.w.rows && w_col < a.w.cols;
-        const uint8_t* from = valid ? a.w.data + w_row * a.w.row_bytes + w_col * 2 : a.w.data;
-        copy_async_16(to + swizzled(row, granule, kRowGranules * 16), from, valid);
-    }
-}
+struct TileBF16 {
+    static constexpr int kRowGranules = kBackward ? Shape::kN / 8 : 8;
+    static constexpr int kCount = Shape::kN * 8 / Shape::kThreads;
+    static constexpr int kRowStep = Shape::kThreads / kRowGranules;
+    static_assert(kRowStep % 8 == 0);
+    const char* from[kCount];
+    int64_t step_bytes;
+    uint32_t to;
+    int32_t at_k;  // of the first granule: its place in the contraction, inside a step
 
-// The units of 32 columns that a thread moves for packed weights.
+    __device__ __forceinline__ TileBF16(const MatmulArgs& a, int32_t n0, int32_t k_begin) {
+        const int granule = Shape::thread() % kRowGranules;
+        const int row = Shape::thread() / kRowGranules;
+        to = weight_offset<kBackward>(row, granule);
+        at_k = kBackward ? row : granule * 8;
+        step_bytes = kBackward ? kTileK * a.w.row_bytes : kTileK * 2;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const int32_t w_row = row + i * kRowStep;
+            const int64_t at = kBackward ? min(w_row, a.w.rows - 1) : min(n0 + w_row, a.w.rows - 1);
+            const int32_t col =
+                kBackward ? min(n0 + granule * 8, a.w.cols - 8) : k_begin + granule * 8;
+            from[i] = reinterpret_cast<const char*>(a.w.data + at * a.w.row_bytes + col * 2);
+        }
+    }
+
+    __device__ __forceinline__ void load(uint32_t tile, int32_t left) {
+        if (left >= kTileK) {
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+                copy_async_16(tile + to + i * kRowStep * 128, from[i]);
+                from[i] += step_bytes;
+            }
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const bool valid = at_k + (kBackward ? i * kRowStep : 0) < left;
+            copy_async_16(tile + to + i * kRowStep * 128, valid ? from[i] : from[0], valid);
+        }
+    }
+};
+
+// The tile of a packed weight: a thread moves units of 32 columns through registers.
 template <typename Shape, WeightFormat kFormat, bool kBackward>
-struct PackedTile {
+struct TilePacked {
     static constexpr int kRowUnits = kBackward ? Shape::kN / 32 : 2;
     static constexpr int kUnits = Shape::kN * 2;
     static constexpr int kPerThread = (kUnits + Shape::kThreads - 1) / Shape::kThreads;
+    static constexpr int kRowStep = Shape::kThreads / kRowUnits;
+    static constexpr int kBlock = BlockBytes<kFormat>::value;
     RawUnit<kFormat> raw[kPerThread];
+    const uint8_t* block[kPerThread];
+    const bf16* scale[kPerThread];  // kInt4: of the unit's row
+    int32_t column;                 // of the units, in the matrix
+    int32_t at_k;                   // of the first unit, inside a step
 
-    __device__ __forceinline__ void fetch(const MatmulArgs& a, int32_t n0, int32_t k0) {
+    static __device__ __forceinline__ int first_row() { return Shape::thread() / kRowUnits; }
+
+    __device__ __forceinline__ TilePacked(const MatmulArgs& a, int32_t n0, int32_t k_begin) {
+        const int unit_column = Shape::thread() % kRowUnits * 32;
+        at_k = kBackward ? first_row() : unit_column;
+        column = kBackward ? min(n0 + unit_column, a.w.cols - 32) : k_begin + unit_column;
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
-            const int unit = static_cast<int>(threadIdx.x) + i * Shape::kThreads;
-            const int32_t w_row = (kBackward ? k0 : n0) + unit / kRowUnits;
-            const int32_t w_col = (kBackward ? n0 : k0) + unit % kRowUnits * 32;
-            if (unit < kUnits && w_row < a.w.rows && w_col < a.w.cols) {
-                fetch_unit<kFormat>(raw[i], a.w, w_row, w_col);
-            } else {
-                zero_unit<kFormat>(raw[i]);
+            const int32_t w_row = first_row() + i * kRowStep;
+            const int64_t row =
+                kBackward ? min(w_row, a.w.rows - 1) : min(n0 + w_row, a.w.rows - 1);
+            block[i] = a.w.data + row * a.w.row_bytes + (column >> 5) * kBlock;
+            if constexpr (kFormat == WeightFormat::kInt4) {
+                scale[i] = a.w.scales + row * a.w.scale_stride;
             }
         }
     }
 
-    __device__ __forceinline__ void store(char* to) const {
+    __device__ __forceinline__ bool owns(int i) const {
+        return kUnits % Shape::kThreads == 0 || Shape::thread() + i * Shape::kThreads < kUnits;
+    }
+
+    __device__ __forceinline__ void fetch(const MatmulArgs& a, int32_t left) {
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
-            const int unit = static_cast<int>(threadIdx.x) + i * Shape::kThreads;
-            if (unit < kUnits) {
-                const int row = unit / kRowUnits;
-                const int granule = unit % kRowUnits * 4;
+            if (owns(i) && at_k + (kBackward ? i * kRowStep : 0) < left) {
+                const bf16* scale_at = nullptr;
+                if constexpr (kFormat == WeightFormat::kInt4) {
+                    scale_at = scale[i] + (column >> a.w.group_shift);
+                }
+                fetch_unit<kFormat>(raw[i], block[i], scale_at);
+            } else {
+                zero_unit<kFormat>(raw[i]);
+            }
+            block[i] += kBackward ? kTileK * a.w.row_bytes : 2 * kBlock;
+            if constexpr (kFormat == WeightFormat::kInt4 && kBackward) {
+                scale[i] += kTileK * a.w.scale_stride;
+            }
+        }
+        column += kBackward ? 0 : kTileK;
+    }
+
+    __device__ __forceinline__ void store(char* tile) const {
+#pragma unroll
+        for (int i = 0; i < kPerThread; ++i) {
+            if (owns(i)) {
+                const int row = first_row() + i * kRowStep;
+                const int granule = Shape::thread() % kRowUnits * 4;
                 uint32_t pairs[16];
                 decode_unit<kFormat>(raw[i], pairs);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     auto* at =
-                        reinterpret_cast<uint4*>(to + swizzled(row, granule + j, kRowUnits * 64));
+                        reinterpret_cast<uint4*>(tile + weight_offset<kBackward>(row, granule + j));
                     *at = uint4{pairs[4 * j], pairs[4 * j + 1], pairs[4 * j + 2], pairs[4 * j + 3]};
                 }
             }
@@ -110,43 +218,69 @@ struct PackedTile {
     }
 };
 
+template <typename Shape, WeightFormat kFormat, bool kBackward>
+using WeightTile = std::conditional_t<
+    kFormat == WeightFormat::kBF16,
+    TileBF16<Shape, kBackward>,
+    TilePacked<Shape, kFormat, kBackward>>;
+
+// Where a lane's ldmatrix rows lie in the two tiles.
+template <typename Shape, bool kBackward>
+struct FragmentOffsets {
+    static constexpr int kSteps = kTileK / 16;
+    static constexpr int kPairs = Shape::kFragN / 2;
+    uint32_t x[kSteps];
+    uint32_t w[kBackward ? kPairs : kSteps];
+
+    __device__ __forceinline__ FragmentOffsets() {
+        const int lane = threadIdx.x & 31;
+        const int warp = Shape::warp();
+        const int warp_m = warp / Shape::kWarpsN * Shape::kWarpRows;
+        const int warp_n = warp % Shape::kWarpsN * Shape::kWarpCols;
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            x[step] = swizzled(warp_m + (lane & 15), 2 * step + (lane >> 4));
+            if constexpr (!kBackward) {
+                const int row = warp_n + (lane & 7) + ((lane >> 4) << 3);
+                w[step] = weight_offset<false>(row, 2 * step + ((lane >> 3) & 1));
+            }
+        }
+        if constexpr (kBackward) {
+#pragma unroll
+            for (int pair = 0; pair < kPairs; ++pair) {
+                w[pair] = weight_offset<true>(lane & 15, warp_n / 8 + 2 * pair + (lane >> 4));
+            }
+        }
+    }
+
+    __device__ __forceinline__ uint32_t weight(int step, int pair) const {
+        return kBackward ? w[pair] + step * 16 * 128 : w[step] + pair * 16 * 128;
+    }
+};
+
 // acc += x tile . weight tile over 64 of the contraction, in four k16 steps.
 template <typename Shape, bool kBackward>
 __device__ __forceinline__ void multiply_tile(
-    float (&acc)[Shape::kFragM][Shape::kFragN][4], uint32_t x_tile, uint32_t w_tile
+    float (&acc)[Shape::kFragM][Shape::kFragN][4],
+    const FragmentOffsets<Shape, kBackward>& at,
+    uint32_t x_tile,
+    uint32_t w_tile
 ) {
-    const int lane = threadIdx.x & 31;
-    const int warp = threadIdx.x >> 5;
-    const int warp_m = warp / Shape::kWarpsN * Shape::kWarpRows;
-    const int warp_n = warp % Shape::kWarpsN * Shape::kWarpCols;
 #pragma unroll
     for (int step = 0; step < kTileK / 16; ++step) {
         uint32_t a[Shape::kFragM][4];
 #pragma unroll
         for (int i = 0; i < Shape::kFragM; ++i) {
-            const int row = warp_m + 16 * i + (lane & 15);
-            const int granule = 2 * step + (lane >> 4);
-            ldmatrix_x4(a[i][0], a[i][1], a[i][2], a[i][3], x_tile + swizzled(row, granule, 128));
+            ldmatrix_x4(a[i][0], a[i][1], a[i][2], a[i][3], x_tile + at.x[step] + i * 16 * 128);
         }
         uint32_t b[Shape::kFragN][2];
 #pragma unroll
         for (int j = 0; j < Shape::kFragN; j += 2) {
+            const uint32_t from = w_tile + at.weight(step, j / 2);
             if constexpr (kBackward) {
-                const int row = 16 * step + (lane & 15);
-                const int granule = (warp_n + 8 * j) / 8 + (lane >> 4);
-                ldmatrix_x4_trans(
-                    b[j][0],
-                    b[j][1],
-                    b[j + 1][0],
-                    b[j + 1][1],
-                    w_tile + swizzled(row, granule, Shape::kN * 2)
-                );
+                ldmatrix_x4_trans(b[j][0], b[j][1], b[j + 1][0], b[j + 1][1], from);
             } else {
-                const int row = warp_n + 8 * j + (lane & 7) + ((lane >> 4) << 3);
-                const int granule = 2 * step + ((lane >> 3) & 1);
-                ldmatrix_x4(
-                    b[j][0], b[j][1], b[j + 1][0], b[j + 1][1], w_tile + swizzled(row, granule, 128)
-                );
+                ldmatrix_x4(b[j][0], b[j][1], b[j + 1][0], b[j + 1][1], from);
             }
         }
 #pragma unroll
@@ -159,44 +293,125 @@ __device__ __forceinline__ void multiply_tile(
     }
 }
 
-template <typename Shape>
-__device__ __forceinline__ void store_tile(
-    const MatmulArgs& a, const float (&acc)[Shape::kFragM][Shape::kFragN][4], int32_t m0, int32_t n0
+// Puts scale acc + lora_scale lora of a team's tile into shared memory, as rows of kRowFloats.
+template <typename Shape, bool kByRank>
+__device__ __forceinline__ void stage_output(
+    const MatmulArgs& a,
+    const float (&acc)[Shape::kFragM][Shape::kFragN][4],
+    bool with_lora,
+    float* out,
+    int32_t m0,
+    int32_t n0
 ) {
     const int lane = threadIdx.x & 31;
-    const int warp = threadIdx.x >> 5;
-    const int32_t m_base = m0 + warp / Shape::kWarpsN * Shape::kWarpRows + (lane >> 2);
-    const int32_t n_base = n0 + warp % Shape::kWarpsN * Shape::kWarpCols;
-    const int q2 = 2 * (lane & 3);
+    const int row0 = Shape::warp() / Shape::kWarpsN * Shape::kWarpRows + (lane >> 2);
+    const int col0 = Shape::warp() % Shape::kWarpsN * Shape::kWarpCols;
     const Epilogue& e = a.epilogue;
 #pragma unroll
     for (int i = 0; i < Shape::kFragM; ++i) {
-        const int32_t m = m_base + 16 * i;
+        uint32_t u[4] = {};
+        if (with_lora) {
+            lora_u_fragment(u, e, m0 + row0 + 16 * i, a.m, 0);
+        }
 #pragma unroll
         for (int j = 0; j < Shape::kFragN; ++j) {
-            const int32_t n = n_base + 8 * j;
-            float lora[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            if (e.lora_u != nullptr) {
-                for (int k = 0; k < e.ldu; k += 16) {
-                    const uint32_t u[4] = {
-                        lora_u_pair(e, m, a.m, k + q2),
-                        lora_u_pair(e, m + 8, a.m, k + q2),
-                        lora_u_pair(e, m, a.m, k + q2 + 8),
-                        lora_u_pair(e, m + 8, a.m, k + q2 + 8)};
-                    const int32_t row = n + (lane >> 2);
-                    mma_16816(
-                        lora,
-                        u,
-                        lora_b_pair(e, row, a.n, k + q2),
-                        lora_b_pair(e, row, a.n, k + q2 + 8)
-                    );
+            float v[4] = {acc[i][j][0], acc[i][j][1], acc[i][j][2], acc[i][j][3]};
+            if (with_lora) {
+                float lora[4];
+                lora_fragment<kByRank>(lora, e, u, m0 + row0 + 16 * i, a.m, n0 + col0 + 8 * j, a.n);
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    v[c] = add_lora(e, v[c], lora[c]);
                 }
             }
-            if (m < a.m) {
-                store_two(e, acc[i][j][0], acc[i][j][1], lora[0], lora[1], m, n + q2, a.n);
+            float* at = out + (row0 + 16 * i) * Shape::kRowFloats + col0 + 8 * j + 2 * (lane & 3);
+            *reinterpret_cast<float2*>(at) = float2{v[0], v[1]};
+            *reinterpret_cast<float2*>(at + 8 * Shape::kRowFloats) = float2{v[2], v[3]};
+        }
+    }
+}
+
+// LoRA's product alone, of a team's tile, into shared memory.
+template <typename Shape, bool kByRank>
+__device__ __forceinline__ void stage_lora(
+    const MatmulArgs& a, float* out, int32_t m0, int32_t n0
+) {
+    const int lane = threadIdx.x & 31;
+    const int row0 = Shape::warp() / Shape::kWarpsN * Shape::kWarpRows + (lane >> 2);
+    const int col0 = Shape::warp() % Shape::kWarpsN * Shape::kWarpCols;
+#pragma unroll
+    for (int i = 0; i < Shape::kFragM; ++i) {
+        const int32_t m = m0 + row0 + 16 * i;
+        uint32_t u[4];
+        lora_u_fragment(u, a.epilogue, m, a.m, 0);
+#pragma unroll
+        for (int j = 0; j < Shape::kFragN; ++j) {
+            float lora[4];
+            lora_fragment<kByRank>(lora, a.epilogue, u, m, a.m, n0 + col0 + 8 * j, a.n);
+            float* at = out + (row0 + 16 * i) * Shape::kRowFloats + col0 + 8 * j + 2 * (lane & 3);
+            *reinterpret_cast<float2*>(at) = float2{lora[0], lora[1]};
+            *reinterpret_cast<float2*>(at + 8 * Shape::kRowFloats) = float2{lora[2], lora[3]};
+        }
+    }
+}
+
+// From shared memory to y, eight columns at a time: the sum of the teams' tiles in ascending order
+// (teams > 1), LoRA's tile (or null: already in), bias, residual, one rounding.
+template <typename Shape>
+__device__ __forceinline__ void store_output(
+    const MatmulArgs& a,
+    const float* tiles,
+    int teams,
+    int tile_floats,
+    const float* lora,
+    int32_t m0,
+    int32_t n0
+) {
+    constexpr int kRowEights = Shape::kN / 8;
+    const Epilogue& e = a.epilogue;
+    const int32_t inside = min(e.columns, a.n);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Shape::kM * kRowEights; i += blockDim.x) {
+        const int row = i / kRowEights;
+        const int col = i % kRowEights * 8;
+        const int32_t m = m0 + row;
+        const int32_t n = n0 + col;
+        if (m >= a.m || n >= e.columns) {
+            continue;
+        }
+        const int at = row * Shape::kRowFloats + col;
+        float v[8];
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+            v[c] = tiles[at + c];
+        }
+        if (teams > 1) {
+#pragma unroll
+            for (int c = 0; c < 8; ++c) {
+                v[c] = __fadd_rn(0.0f, v[c]);
             }
-            if (m + 8 < a.m) {
-                store_two(e, acc[i][j][2], acc[i][j][3], lora[2], lora[3], m + 8, n + q2, a.n);
+            for (int t = 1; t < teams; ++t) {
+#pragma unroll
+                for (int c = 0; c < 8; ++c) {
+                    v[c] = __fadd_rn(v[c], tiles[t * tile_floats + at + c]);
+                }
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+            // Without LoRA, or with its tile apart, the scale is still to come.
+            if (lora != nullptr) {
+                v[c] = add_lora(e, v[c], lora[at + c]);
+            } else if (e.lora_u == nullptr) {
+                v[c] = __fmul_rn(v[c], e.scale);
+            }
+        }
+        if (n + 8 <= inside && e.ldy % 8 == 0) {
+            finish_eight(e, v, m, n);
+        } else {
+#pragma unroll
+            for (int c = 0; c < 8; ++c) {
+                finish_one(e, v[c], m, n + c, a.n);
             }
         }
     }
@@ -204,10 +419,9 @@ __device__ __forceinline__ void store_tile(
 
 // Blocks in groups of eight row tiles, so that neighbours in time share weight tiles in L2.
 __device__ __forceinline__ void tile_of_block(
-    int32_t tiles_m, int32_t tiles_n, int32_t& tile_m, int32_t& tile_n
+    int32_t block, int32_t tiles_m, int32_t tiles_n, int32_t& tile_m, int32_t& tile_n
 ) {
     constexpr int32_t kGroup = 8;
-    const auto block = static_cast<int32_t>(blockIdx.x);
     const int32_t first = block / (kGroup * tiles_n) * kGroup;
     const int32_t height = min(kGroup, tiles_m - first);
     const int32_t inside = block % (kGroup * tiles_n);
@@ -215,119 +429,185 @@ __device__ __forceinline__ void tile_of_block(
     tile_n = inside / height;
 }
 
-template <typename Shape, WeightFormat kFormat, bool kBackward, bool kSegmented>
-__global__ void __launch_bounds__(Shape::kThreads) matmul_tile_kernel(MatmulArgs a) {
-    extern __shared__ __align__(128) char shared[];
-    constexpr bool kPlain = kFormat == WeightFormat::kBF16;
+template <typename Shape>
+__device__ __forceinline__ void tile_corner(
+    const MatmulArgs& a, int32_t block, int32_t& m0, int32_t& n0
+) {
     int32_t tile_m = 0;
     int32_t tile_n = 0;
     tile_of_block(
+        block,
         (a.m + Shape::kM - 1) / Shape::kM,
         (a.epilogue.columns + Shape::kN - 1) / Shape::kN,
         tile_m,
         tile_n
     );
-    const int32_t m0 = tile_m * Shape::kM;
-    const int32_t n0 = tile_n * Shape::kN;
-    const int32_t steps = (a.k + kTileK - 1) / kTileK;
-    const int32_t segment_steps = a.segment / kTileK;
-    const uint32_t base = shared_address(shared);
+    m0 = tile_m * Shape::kM;
+    n0 = tile_n * Shape::kN;
+}
 
-    PackedTile<Shape, kPlain ? WeightFormat::kInt4 : kFormat, kBackward> packed;
-    const auto load_stage = [&](int32_t step) {
-        if (step < steps) {
-            const uint32_t stage = base + step % Shape::kStages * Shape::kStageBytes;
-            load_x_tile<Shape>(a, stage, m0, step * kTileK);
-            if constexpr (kPlain) {
-                load_bf16_tile<Shape, kBackward>(a, stage + Shape::kBytesX, n0, step * kTileK);
+// total += acc, acc = 0: the end of a segment.
+template <int kFragM, int kFragN>
+__device__ __forceinline__ void close_segment(
+    float (&total)[kFragM][kFragN][4], float (&acc)[kFragM][kFragN][4]
+) {
+#pragma unroll
+    for (int i = 0; i < kFragM; ++i) {
+#pragma unroll
+        for (int j = 0; j < kFragN; ++j) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                total[i][j][c] = __fadd_rn(total[i][j][c], acc[i][j][c]);
+                acc[i][j][c] = 0.0f;
             }
         }
-        copy_async_commit();
+    }
+}
+
+// kTeams > 1: as many teams as the contraction has segments, each takes one. Else one team walks
+// through all of it, and with kSegmented adds up segment by segment.
+template <typename Shape, WeightFormat kFormat, bool kBackward, bool kSegmented, int kTeams>
+__global__ void __launch_bounds__(Shape::kThreads* kTeams)
+    matmul_tile_kernel(const __grid_constant__ MatmulGroup group) {
+    extern __shared__ __align__(1024) char shared[];
+    constexpr bool kPlain = kFormat == WeightFormat::kBF16;
+    static_assert(Shape::kOutputBytes * 2 <= Shape::kSharedBytes || kTeams == 1);
+    static_assert(Shape::kOutputBytes <= Shape::kSharedBytes);
+    int32_t block = 0;
+    int32_t m0 = 0;
+    int32_t n0 = 0;
+    const MatmulArgs& a = product_of_block(group, block);
+    tile_corner<Shape>(a, block, m0, n0);
+    const int team = kTeams == 1 ? 0 : static_cast<int>(threadIdx.x) / Shape::kThreads;
+    const int32_t k_begin = kTeams == 1 ? 0 : team * a.segment;
+    const int32_t length = kTeams == 1 ? a.k : min(a.segment, a.k - k_begin);
+    const int32_t steps = (length + kTileK - 1) / kTileK;
+    const int32_t segment_steps = a.segment / kTileK;
+    char* ring = shared + team * Shape::kSharedBytes;
+    const uint32_t base = shared_address(ring);
+    const auto team_sync = [&] {
+        if constexpr (kTeams == 1) {
+            __syncthreads();
+        } else {
+            barrier_sync(1 + team, Shape::kThreads);
+        }
     };
-    const auto store_packed = [&](int32_t step) {
-        packed.store(shared + step % Shape::kStages * Shape::kStageBytes + Shape::kBytesX);
+
+    release_successor();
+    TileX<Shape> x(a, m0, k_begin);
+    WeightTile<Shape, kFormat, kBackward> w(a, n0, k_begin);
+    const FragmentOffsets<Shape, kBackward> at;
+    const auto stage_of = [&](int32_t step) {
+        return static_cast<uint32_t>(step % Shape::kStages) * Shape::kStageBytes;
     };
+    const auto load_x = [&](int32_t step) {
+        const int32_t left = length - step * kTileK;
+        if (left > 0) {
+            x.load(base + stage_of(step), left);
+        }
+    };
+    const auto load_w = [&](int32_t step) {
+        if constexpr (kPlain) {
+            const int32_t left = length - step * kTileK;
+            if (left > 0) {
+                w.load(base + stage_of(step) + Shape::kBytesX, left);
+            }
+        }
+    };
+    // The weights are constant: their loads need not wait.
 #pragma unroll
     for (int s = 0; s < Shape::kStages - 1; ++s) {
-        load_stage(s);
+        load_w(s);
     }
     if constexpr (!kPlain) {
-        packed.fetch(a, n0, 0);
-        store_packed(0);
-        packed.fetch(a, n0, kTileK);
+        w.fetch(a, length);
+        w.store(ring + Shape::kBytesX);
+        w.fetch(a, length - kTileK);
+    }
+    wait_for_predecessor();
+#pragma unroll
+    for (int s = 0; s < Shape::kStages - 1; ++s) {
+        load_x(s);
+        copy_async_commit();  // The first of these groups holds the weights' loads too.
     }
 
     float acc[Shape::kFragM][Shape::kFragN][4] = {};
     float total[kSegmented ? Shape::kFragM : 1][Shape::kFragN][4] = {};
     for (int32_t step = 0; step < steps; ++step) {
         copy_async_wait<Shape::kStages - 2>();
-        __syncthreads();
-        load_stage(step + Shape::kStages - 1);
+        team_sync();
+        load_x(step + Shape::kStages - 1);
+        load_w(step + Shape::kStages - 1);
+        copy_async_commit();
         if constexpr (!kPlain) {
             if (step + 1 < steps) {
-                store_packed(step + 1);
-                packed.fetch(a, n0, (step + 2) * kTileK);
+                w.store(ring + stage_of(step + 1) + Shape::kBytesX);
+                w.fetch(a, length - (step + 2) * kTileK);
             }
         }
         if constexpr (kSegmented) {
             if (step > 0 && step % segment_steps == 0) {
-#pragma unroll
-                for (int i = 0; i < Shape::kFragM; ++i) {
-#pragma unroll
-                    for (int j = 0; j < Shape::kFragN; ++j) {
-#pragma unroll
-                        for (int c = 0; c < 4; ++c) {
-                            total[i][j][c] = __fadd_rn(total[i][j][c], acc[i][j][c]);
-                            acc[i][j][c] = 0.0f;
-                        }
-                    }
-                }
+                close_segment(total, acc);
             }
         }
-        const uint32_t stage = base + step % Shape::kStages * Shape::kStageBytes;
-        multiply_tile<Shape, kBackward>(acc, stage, stage + Shape::kBytesX);
+        const uint32_t stage = base + stage_of(step);
+        multiply_tile<Shape, kBackward>(acc, at, stage, stage + Shape::kBytesX);
     }
     if constexpr (kSegmented) {
-#pragma unroll
-        for (int i = 0; i < Shape::kFragM; ++i) {
-#pragma unroll
-            for (int j = 0; j < Shape::kFragN; ++j) {
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    acc[i][j][c] = __fadd_rn(total[i][j][c], acc[i][j][c]);
-                }
-            }
+        close_segment(total, acc);
+    }
+    team_sync();  // Nobody reads the ring any more; it takes the output now.
+    auto* out = reinterpret_cast<float*>(ring);
+    const bool has_lora = a.epilogue.lora_u != nullptr;
+    if constexpr (kSegmented) {
+        stage_output<Shape, kBackward>(a, total, has_lora, out, m0, n0);
+    } else {
+        stage_output<Shape, kBackward>(a, acc, has_lora && kTeams == 1, out, m0, n0);
+    }
+    auto* lora = reinterpret_cast<float*>(shared + Shape::kOutputBytes);
+    const bool lora_apart = kTeams > 1 && has_lora;
+    if constexpr (kTeams > 1) {
+        if (has_lora && team == 0) {
+            stage_lora<Shape, kBackward>(a, lora, m0, n0);
         }
     }
-    store_tile<Shape>(a, acc, m0, n0);
+    __syncthreads();
+    store_output<Shape>(
+        a,
+        reinterpret_cast<const float*>(shared),
+        kTeams,
+        Shape::kSharedBytes / 4,
+        lora_apart ? lora : nullptr,
+        m0,
+        n0
+    );
 }
 
-template <typename Shape, WeightFormat kFormat, bool kBackward, bool kSegmented>
-void launch_tile(cudaStream_t queue, const MatmulArgs& a) {
-    const auto kernel = matmul_tile_kernel<Shape, kFormat, kBackward, kSegmented>;
-    allow_shared_memory(kernel, Shape::kSharedBytes);
-    const int64_t blocks = ceil_div(a.m, Shape::kM) * ceil_div(a.epilogue.columns, Shape::kN);
-    kernel<<<grid_dim(blocks), Shape::kThreads, Shape::kSharedBytes, queue>>>(a);
-    LAUNCH_CHECK();
+// Numbers the blocks of a group's products; returns how many there are.
+inline int64_t number_blocks(MatmulGroup& group, int64_t tile_m, int64_t tile_n) {
+    int64_t blocks = 0;
+    for (int32_t i = 0; i < group.count; ++i) {
+        const MatmulArgs& a = group.args[i];
+        group.first_block[i] = static_cast<int32_t>(blocks);
+        blocks += ceil_div(a.m, tile_m) * ceil_div(a.epilogue.columns, tile_n);
+        CHECK_LT(blocks, int64_t{1} << 31);
+    }
+    group.first_block[group.count] = static_cast<int32_t>(blocks);
+    return blocks;
+}
+
+template <typename Shape, WeightFormat kFormat, bool kBackward, bool kSegmented, int kTeams = 1>
+void launch_tile(cudaStream_t queue, MatmulGroup& group) {
+    const auto kernel = matmul_tile_kernel<Shape, kFormat, kBackward, kSegmented, kTeams>;
+    constexpr size_t kShared = size_t{Shape::kSharedBytes} * kTeams;
+    allow_shared_memory(kernel, kShared);
+    const dim3 grid(grid_dim(number_blocks(group, Shape::kM, Shape::kN)));
+    launch_early(kernel, grid, Shape::kThreads * kTeams, kShared, queue, group);
 }
 
 using WideTile = TileShape<128, 128, 2, 4, 4>;
 using MediumTile = TileShape<64, 64, 2, 2, 4>;
 using NarrowTile = TileShape<64, 32, 2, 2, 4>;
-
-template <WeightFormat kFormat, bool kBackward, bool kSegmented>
-void launch_best_tile(cudaStream_t queue, const MatmulArgs& a) {
-    constexpr int64_t kEnoughBlocks = 100;  // of about 132 multiprocessors
-    const auto blocks = [&](int64_t m, int64_t n) {
-        return ceil_div(a.m, m) * ceil_div(a.epilogue.columns, n);
-    };
-    if (a.m > 64 && blocks(128, 128) >= kEnoughBlocks) {
-        launch_tile<WideTile, kFormat, kBackward, kSegmented>(queue, a);
-    } else if (kBackward || blocks(64, 64) >= kEnoughBlocks) {
-        launch_tile<MediumTile, kFormat, kBackward, kSegmented>(queue, a);
-    } else if constexpr (!kBackward) {
-        launch_tile<NarrowTile, kFormat, kBackward, kSegmented>(queue, a);
-    }
-}
+using TinyTile = TileShape<64, 16, 4, 1, 4>;
 
 }  // namespace orbit::cuda

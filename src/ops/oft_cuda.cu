@@ -72,7 +72,7 @@ __device__ __forceinline__ void store_rotated(
 
 template <int kBlock, bool kTranspose>
 __global__ void __launch_bounds__(kRotateThreads) rotate_kernel(RotateArgs a) {
-    extern __shared__ __align__(128) char shared[];
+    extern __shared__ __align__(1024) char shared[];
     using Shared = RotateShared<kBlock>;
     const int lane = threadIdx.x & 31;
     const int warp_row = static_cast<int>(threadIdx.x >> 5) * 16;
@@ -204,7 +204,7 @@ template <int kBlock>
 __global__ void __launch_bounds__(kGradThreads) rotation_gradient_kernel(
     const bf16* x, const bf16* dxr, int32_t rows, int32_t width, float* partial
 ) {
-    extern __shared__ __align__(128) char shared[];
+    extern __shared__ __align__(1024) char shared[];
     const int lane = threadIdx.x & 31;
     const int warp = threadIdx.x >> 5;
     const int32_t col0 = static_cast<int32_t>(blockIdx.x) * kWindow;

@@ -113,20 +113,18 @@ struct RawUnit {
     bf16 scale;  // kInt4
 };
 
+// `block`: the 32 columns' bytes. `scale`: their group's, for kInt4.
 template <WeightFormat kFormat>
 __device__ __forceinline__ void fetch_unit(
-    RawUnit<kFormat>& raw, const WeightView& w, int64_t row, int64_t col
+    RawUnit<kFormat>& raw, const uint8_t* block, const bf16* scale
 ) {
-    const uint8_t* block = w.data + row * w.row_bytes + (col >> 5) * BlockBytes<kFormat>::value;
     if constexpr (kFormat == WeightFormat::kInt4) {
         const uint4 v = __ldg(reinterpret_cast<const uint4*>(block));
         raw.word[0] = v.x;
         raw.word[1] = v.y;
         raw.word[2] = v.z;
         raw.word[3] = v.w;
-        raw.scale.bits = __ldg(
-            &w.scales[row * w.scale_stride + (static_cast<int32_t>(col) >> w.group_shift)].bits
-        );
+        raw.scale.bits = __ldg(&scale->bits);
     } else if constexpr (kFormat == WeightFormat::kQ4_1) {
         const auto* from = reinterpret_cast<const uint32_t*>(block);
 #pragma unroll

@@ -222,6 +222,27 @@ Case f32_out_case(const Shape& s, Random& random) {
     return c;
 }
 
+// d(x) = d(y) W as an op of its own, so that its rows can be compared.
+Case dx_case(const Shape& s, Random& random) {
+    const TestWeight w = make_weight(s.format, s.out, s.in, random);
+    const QuantizedMatrix weight = w.shape;
+    Case c;
+    c.op = "linear_dx";
+    c.name = name_of(s);
+    c.inputs = {
+        per_row(input("dy", s.compute, {s.rows, s.out}, random.normals(s.rows * s.out))),
+        raw_input("w", w.data, w.bf16_values),
+        raw_input("scales", w.scales, {})};
+    c.outputs = {{"dx", s.compute, {s.rows, s.in}, true}};
+    c.run = [weight](Stream& stream, const Tensors& in, const Tensors& out) {
+        LinearParams p;
+        p.x = out[0];
+        p.w = at_tensors(weight, in[kData], in[kScales]);
+        linear_backward(stream, p, in[0], out[0], false, {});
+    };
+    return c;
+}
+
 void add_case(CaseList& cases, const Shape& s) {
     Random random(cases.size() + 1);
     cases.push_back(linear_case(s, make_weight(s.format, s.out, s.in, random), random));
@@ -287,6 +308,13 @@ void add_gpu_cases(CaseList& cases) {
         add_f32_out({format, 70, 4320, 48});
         add_f32_out({format, 300, 96, 8224});     // the widest tile
         add_f32_out({format, 1000, 2080, 1600});  // the same, in two pieces
+        for (const Shape& s :
+             {Shape{format, 1300, 1280, 96},
+              Shape{format, 300, 288, 136},
+              Shape{format, 1290, 1312, 4200}}) {
+            Random random(cases.size() + 1);
+            cases.push_back(only_rows(dx_case(s, random)));
+        }
         const DType bf16_type = DType::kBF16;
         add_linear({format, 200, 1088, 192, bf16_type, AdapterKind::kLora, 16, true, true});
         add_linear({format, 200, 2304, 192, bf16_type, AdapterKind::kLora, 32, false, true});

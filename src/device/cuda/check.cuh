@@ -56,6 +56,31 @@ inline unsigned grid_dim_yz(int64_t blocks) {
     return static_cast<unsigned>(blocks);
 }
 
+// Starts a kernel while its predecessor on the queue still runs; the kernel itself waits, with
+// wait_for_predecessor(), before it touches anything the predecessor reads or writes. Every thread
+// block of such a kernel must wait, so that the order stays that of the queue.
+template <typename... Parameters, typename... Arguments>
+void launch_early(
+    void (*kernel)(Parameters...),
+    dim3 grid,
+    unsigned threads,
+    size_t shared_bytes,
+    cudaStream_t queue,
+    Arguments&&... arguments
+) {
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = queue;
+    config.attrs = &early;
+    config.numAttrs = 1;
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
 // Lets a kernel use more than 48 KiB of dynamic shared memory.
 template <typename Kernel>
 void allow_shared_memory(Kernel* kernel, size_t bytes) {

@@ -21,6 +21,25 @@ __device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, boo
                  : "memory");
 }
 
+// Blocks until the kernels before this one on the queue are done and their writes are visible.
+__device__ __forceinline__ void wait_for_predecessor() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Lets the next kernel of the queue start (and wait) once every thread block has said so.
+__device__ __forceinline__ void release_successor() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// A barrier of `threads` threads of the block; 0 is __syncthreads' own.
+__device__ __forceinline__ void barrier_sync(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void copy_async_16(uint32_t to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
 __device__ __forceinline__ void copy_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }

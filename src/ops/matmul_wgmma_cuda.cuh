@@ -1,0 +1,140 @@
+// Member P/B on Hopper: the same tiles as matmul_tile_cuda.cuh, multiplied by wgmma straight from
+// shared memory. wgmma.m64nNk16 and mma.sync.m16n8k16 give the same bits (performance.md 3.1).
+//
+// All 256 threads load and decode; the matrix unit works on step i while they prepare step i + 1.
+#pragma once
+
+#include "device/cuda/wgmma.cuh"
+#include "ops/matmul_tile_cuda.cuh"
+
+namespace orbit::cuda {
+
+template <bool kSegmented>
+using WgmmaTile = TileShape<128, 128, 8, 1, kSegmented ? 5 : 3>;
+
+// acc += x tile . weight tile for the 64 rows of this warp group, or with `fresh` acc = ...;
+// asynchronous.
+template <bool kBackward>
+__device__ __forceinline__ void issue_wgmma(
+    float (&acc)[16][4], uint32_t x_tile, uint32_t w_tile, bool fresh
+) {
+    const uint32_t rows = x_tile + (threadIdx.x >> 7) * 64 * 128;
+    wgmma_begin();
+#pragma unroll
+    for (int step = 0; step < kTileK / 16; ++step) {
+        const uint64_t a = descriptor_along_k(rows + step * 32);
+        const uint64_t b = kBackward
+                               ? descriptor_across_k(w_tile + step * 16 * 128, kColumnBlockBytes)
+                               : descriptor_along_k(w_tile + step * 32);
+        wgmma_64_128<kBackward>(acc, a, b, step > 0 || !fresh ? 1 : 0);
+    }
+    wgmma_commit();
+}
+
+template <int kFragments>
+__device__ __forceinline__ void add_fragments(
+    float (&total)[kFragments][4], const float (&acc)[kFragments][4]
+) {
+#pragma unroll
+    for (int j = 0; j < kFragments; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            total[j][c] = __fadd_rn(total[j][c], acc[j][c]);
+        }
+    }
+}
+
+template <WeightFormat kFormat, bool kBackward, bool kSegmented>
+__global__ void __launch_bounds__(256, kSegmented ? 1 : 2)
+    matmul_wgmma_kernel(const __grid_constant__ MatmulGroup group) {
+    extern __shared__ __align__(1024) char shared[];
+    using Shape = WgmmaTile<kSegmented>;
+    static_assert(Shape::kThreads == 256 && Shape::kOutputBytes <= Shape::kSharedBytes);
+    constexpr bool kPlain = kFormat == WeightFormat::kBF16;
+    constexpr int kAhead = Shape::kStages - 2;  // steps loaded before they are multiplied
+    int32_t block = 0;
+    int32_t m0 = 0;
+    int32_t n0 = 0;
+    const MatmulArgs& a = product_of_block(group, block);
+    tile_corner<Shape>(a, block, m0, n0);
+    const int32_t steps = (a.k + kTileK - 1) / kTileK;
+    const int32_t segment_steps = a.segment / kTileK;
+    const uint32_t base = shared_address(shared);
+    const auto stage_of = [&](int32_t step) {
+        return static_cast<uint32_t>(step % Shape::kStages) * Shape::kStageBytes;
+    };
+
+    release_successor();
+    TileX<Shape> x(a, m0, 0);
+    WeightTile<Shape, kFormat, kBackward> w(a, n0, 0);
+    const auto load_stage = [&](int32_t step) {
+        const uint32_t stage = base + stage_of(step);
+        const int32_t left = a.k - step * kTileK;
+        if (left > 0) {
+            x.load(stage, left);
+            if constexpr (kPlain) {
+                w.load(stage + Shape::kBytesX, left);
+            }
+        }
+        copy_async_commit();
+    };
+    if constexpr (!kPlain) {
+        w.fetch(a, a.k);
+        w.store(shared + Shape::kBytesX);
+        w.fetch(a, a.k - kTileK);
+    }
+    wait_for_predecessor();
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) {
+        load_stage(s);
+    }
+
+    float acc[1][Shape::kFragN][4];  // the first wgmma of a segment does not read them
+    float total[1][Shape::kFragN][4] = {};
+#pragma unroll 1
+    for (int32_t step = 0; step < steps; ++step) {
+        copy_async_wait<kAhead - 1>();
+        fence_for_wgmma();
+        __syncthreads();  // This step's tiles are there, and nobody reads those of step - 2.
+        if constexpr (kSegmented) {
+            if (step > 0 && step % segment_steps == 0) {
+                wgmma_wait<0>();
+                add_fragments(total[0], acc[0]);
+            }
+        }
+        const uint32_t stage = base + stage_of(step);
+        const bool fresh = kSegmented ? step % segment_steps == 0 : step == 0;
+        issue_wgmma<kBackward>(acc[0], stage, stage + Shape::kBytesX, fresh);
+        load_stage(step + kAhead);
+        if constexpr (!kPlain) {
+            if (step + 1 < steps) {
+                w.store(shared + stage_of(step + 1) + Shape::kBytesX);
+                w.fetch(a, a.k - (step + 2) * kTileK);
+            }
+        }
+        wgmma_wait<1>();
+    }
+    wgmma_wait<0>();
+    __syncthreads();  // Nobody reads the ring any more; it takes the output now.
+    auto* out = reinterpret_cast<float*>(shared);
+    const bool has_lora = a.epilogue.lora_u != nullptr;
+    if constexpr (kSegmented) {
+        add_fragments(total[0], acc[0]);
+        stage_output<Shape, kBackward>(a, total, has_lora, out, m0, n0);
+    } else {
+        stage_output<Shape, kBackward>(a, acc, has_lora, out, m0, n0);
+    }
+    __syncthreads();
+    store_output<Shape>(a, out, 1, 0, nullptr, m0, n0);
+}
+
+template <WeightFormat kFormat, bool kBackward, bool kSegmented>
+void launch_wgmma(cudaStream_t queue, MatmulGroup& group) {
+    using Shape = WgmmaTile<kSegmented>;
+    const auto kernel = matmul_wgmma_kernel<kFormat, kBackward, kSegmented>;
+    allow_shared_memory(kernel, Shape::kSharedBytes);
+    const dim3 grid(grid_dim(number_blocks(group, Shape::kM, Shape::kN)));
+    launch_early(kernel, grid, Shape::kThreads, Shape::kSharedBytes, queue, group);
+}
+
+}  // namespace orbit::cuda
