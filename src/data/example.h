@@ -66,6 +66,7 @@ struct Trajectory {
     int32_t prompt_length = 0;
     std::vector<float> logprobs;  // one per response token, as sampled
     int64_t adapter_version = 0;
+    std::vector<uint8_t> routing;  // the experts of ids[0 .. size - 1); empty: not recorded
     FinishReason finish = FinishReason::kStop;
     std::string response;  // decoded, special tokens skipped
     Score score;

@@ -341,6 +341,14 @@ bool ModelConfig::layer_has_experts(int64_t layer) const {
                mlp_only_layers.end();
 }
 
+int64_t ModelConfig::num_expert_layers() const {
+    int64_t count = 0;
+    for (int64_t layer = 0; layer < num_layers; ++layer) {
+        count += layer_has_experts(layer) ? 1 : 0;
+    }
+    return count;
+}
+
 void apply_family(ModelConfig& config, const std::string& family, const std::string& where) {
     std::string known;
     for (const Family& candidate : kFamilies) {

@@ -135,14 +135,20 @@ Tensor Pass::swiglu(Tensor gate, Tensor up) {
     return y;
 }
 
-Routing Pass::route(Tensor x, const QuantizedMatrix& router) {
+Routing Pass::route(Tensor x, const MoeWeights& moe) {
     const ModelConfig& c = model.config;
-    const Routing routing = make_routing(stream, x.rows(), router.rows, c.experts_per_token);
+    const Routing routing = make_routing(stream, x.rows(), moe.router.rows, c.experts_per_token);
     RouterParams p;
     p.x = x;
-    p.weight = router;
+    p.weight = moe.router;
     p.num_selected = routing.num_selected;
     p.normalize = c.normalize_router;
+    p.batch = batch;
+    p.layer = moe.index;
+    p.replay = replay;
+    if (tape == nullptr) {  // a layer that is run again for backward was recorded before
+        p.record = kv.routing();
+    }
     orbit::route(stream, p, routing);
     if (tape != nullptr) {
         tape->record([this, p, routing](Tape& t) {
@@ -275,7 +281,14 @@ void backward_layers(Pass& pass, std::span<const Tensor> layer_inputs, Tensor d_
         const ScratchScope temporaries(pass.stream.scratch);
         Tape tape(pass.stream);
         Pass recompute{
-            pass.stream, pass.model, pass.batch, pass.kv, pass.adapter, pass.slot, &tape};
+            pass.stream,
+            pass.model,
+            pass.batch,
+            pass.kv,
+            pass.adapter,
+            pass.slot,
+            &tape,
+            pass.replay};
         const Tensor x = layer_inputs[static_cast<size_t>(layer)];
         const Tensor y = forward_layer(recompute, layer, x, scratch_same(recompute, x));
         tape.alias(y, d_hidden);

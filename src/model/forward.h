@@ -28,6 +28,7 @@ struct Pass {
     AdapterStore* adapter = nullptr;
     int slot = kNoAdapter;
     Tape* tape = nullptr;
+    RoutingPages replay = {};  // experts to take instead of the router's choice
 
     // Recorded ops. `out`: where to write; undefined: new scratch memory.
     Tensor rms_norm(Tensor x, const float* weight);
@@ -36,7 +37,7 @@ struct Pass {
     Tensor attention(Tensor q, Tensor k, Tensor v, KvView pages);
     Tensor swiglu(Tensor gate, Tensor up);
     // Mixture of experts: T tokens become T K rows sorted by expert, and T tokens again.
-    Routing route(Tensor x, const QuantizedMatrix& router);
+    Routing route(Tensor x, const MoeWeights& moe);
     Tensor dispatch(const Routing& routing, Tensor x);
     Tensor grouped_linear(const Routing& routing, Tensor x, const ExpertWeights& weights);
     Tensor combine(const Routing& routing, Tensor x, Tensor residual, Tensor out);

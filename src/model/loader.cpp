@@ -60,6 +60,7 @@ class WeightLoader {
         w.o = linear(attention + "o_proj", false);
         if (config.layer_has_experts(static_cast<int64_t>(model_.layers.size()))) {
             w.moe = experts(prefix + "mlp.");
+            w.moe->index = num_expert_layers_++;
             return w;
         }
         w.gate = linear(prefix + "mlp.gate_proj", false);
@@ -151,6 +152,7 @@ class WeightLoader {
     const LoadOptions& options_;
     std::optional<ProgressBar> progress_;
     int64_t loaded_bytes_ = 0;
+    int32_t num_expert_layers_ = 0;
     uint64_t digest_ = 0;
 };
 

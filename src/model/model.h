@@ -54,6 +54,7 @@ struct ModelConfig {
     std::vector<int64_t> mlp_only_layers;  // ... and is not listed here
 
     bool layer_has_experts(int64_t layer) const;
+    int64_t num_expert_layers() const;
 };
 
 struct LinearWeights {
@@ -72,6 +73,7 @@ struct ExpertWeights {
 struct MoeWeights {
     QuantizedMatrix router;  // [experts, width], never adapted
     ExpertWeights gate, up, down;
+    int32_t index = 0;  // of this layer among those with experts
 };
 
 struct LayerWeights {

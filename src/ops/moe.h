@@ -8,15 +8,42 @@
 #include <span>
 
 #include "device/device.h"
+#include "ops/batch.h"
 #include "ops/dense.h"
 
 namespace orbit {
+
+// The chosen experts of tokens, kept beside their keys and values (algorithms.md 3.5): ids
+// [pages, kPageTokens, layers, K], ascending in each token, one byte each up to 256 experts, else
+// two. `layers` counts the layers with experts.
+struct RoutingPages {
+    void* ids = nullptr;  // device
+    int32_t layers = 0;
+    int32_t selected = 0;  // K
+    bool wide = false;     // two bytes an id
+
+    bool defined() const { return ids != nullptr; }
+
+    int64_t layer_bytes() const { return int64_t{selected} * (wide ? 2 : 1); }  // of one token
+
+    int64_t token_bytes() const { return layers * layer_bytes(); }
+};
+
+// Whether route() on this device reads and writes RoutingPages: so far on the CPU.
+bool can_record_routing(const Device& device);
 
 struct RouterParams {
     Tensor x;                  // [T, D]
     QuantizedMatrix weight;    // [E, D]; logits accumulate in fp32 and are not rounded
     int32_t num_selected = 0;  // K
     bool normalize = true;     // weights of the chosen experts sum to 1
+
+    // Record and replay; undefined: neither. The own choice goes to `record`; the experts of
+    // `replay` are then taken instead of it, with weights from the own scores.
+    BatchView batch;    // the pages of each token
+    int32_t layer = 0;  // of the record
+    RoutingPages record;
+    RoutingPages replay;
 };
 
 // All device memory, filled by route().

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "base/exact_math.h"
@@ -45,6 +46,43 @@ void select(const float* scores, int32_t experts, int32_t selected, int32_t* exp
     );
     std::copy(order.begin(), order.begin() + selected, expert);
     std::sort(expert, expert + selected);
+}
+
+// Where the ids of token `t` lie.
+char* record_place(const RouterParams& p, const RoutingPages& pages, int64_t t) {
+    const int64_t position = p.batch.positions[t];
+    const int64_t row = int64_t{p.batch.sequence_of[t]} * p.batch.max_blocks;
+    const int64_t page = p.batch.block_table[row + position / kPageTokens];
+    const int64_t token = page * kPageTokens + position % kPageTokens;
+    return static_cast<char*>(pages.ids) + (token * pages.layers + p.layer) * pages.layer_bytes();
+}
+
+template <typename Id>
+void write_ids(const int32_t* expert, int32_t count, char* to) {
+    for (int32_t k = 0; k < count; ++k) {
+        const auto id = static_cast<Id>(expert[k]);
+        std::memcpy(to + static_cast<size_t>(k) * sizeof id, &id, sizeof id);
+    }
+}
+
+template <typename Id>
+void read_ids(const char* from, int32_t count, int32_t* expert) {
+    for (int32_t k = 0; k < count; ++k) {
+        Id id;
+        std::memcpy(&id, from + static_cast<size_t>(k) * sizeof id, sizeof id);
+        expert[k] = id;
+    }
+}
+
+void record_or_replay(const RouterParams& p, int64_t t, int32_t* expert) {
+    if (p.record.defined()) {
+        (p.record.wide ? write_ids<uint16_t>
+                       : write_ids<uint8_t>)(expert, p.num_selected, record_place(p, p.record, t));
+    }
+    if (p.replay.defined()) {
+        (p.replay.wide ? read_ids<uint16_t>
+                       : read_ids<uint8_t>)(record_place(p, p.replay, t), p.num_selected, expert);
+    }
 }
 
 void sort_rows(const Routing& r) {
@@ -149,6 +187,10 @@ LinearParams expert_params(
 
 }  // namespace
 
+bool can_record_routing(const Device& device) {
+    return device.is_cpu();
+}
+
 Routing make_routing(Stream& stream, int64_t tokens, int64_t experts, int64_t selected) {
     Routing r;
     r.num_tokens = static_cast<int32_t>(tokens);
@@ -164,6 +206,11 @@ Routing make_routing(Stream& stream, int64_t tokens, int64_t experts, int64_t se
 }
 
 void route(Stream& stream, const RouterParams& p, const Routing& r) {
+    for (const RoutingPages* pages : {&p.record, &p.replay}) {
+        CHECK(!pages->defined() || can_record_routing(stream.device));
+        CHECK(!pages->defined() || pages->selected == p.num_selected);
+        CHECK(!pages->defined() || pages->wide == (r.num_experts > 256));
+    }
     if (!stream.is_cpu()) {
         cuda::route(stream, p, r);
         return;
@@ -177,6 +224,7 @@ void route(Stream& stream, const RouterParams& p, const Routing& r) {
         float* weight = r.weight + t * r.num_selected;
         softmax(scores, r.num_experts);
         select(scores, r.num_experts, r.num_selected, expert);
+        record_or_replay(p, t, expert);
         float sum = 0;
         for (int32_t k = 0; k < r.num_selected; ++k) {
             sum += scores[expert[k]];

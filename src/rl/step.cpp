@@ -72,6 +72,7 @@ std::vector<Group> roll_out(Session& s, int64_t step) {
         t.prompt_length = static_cast<int32_t>(t.ids.size());
         t.ids.insert(t.ids.end(), done.ids.begin(), done.ids.end());
         t.logprobs = std::move(done.logprobs);
+        t.routing = std::move(done.routing);
         t.adapter_version = done.adapter_version;
         t.finish = done.finish;
         t.response = response_text(s.model, done.ids, s.rollout_options.stop);
@@ -130,7 +131,7 @@ std::vector<std::vector<TrainSequence>> pack(
                 batches.emplace_back();
                 tokens = 0;
             }
-            batches.back().push_back({&t.ids, t.prompt_length, here});
+            batches.back().push_back({&t.ids, t.prompt_length, here, &t.routing});
             tokens += length;
         }
     }
@@ -164,7 +165,7 @@ class Accumulation {
             score.tokens_per_batch = s_->train_options.tokens_per_batch;
             reference = score_texts(s_->stream, s_->model, nullptr, kNoAdapter, texts, score);
         }
-        s_->trainer.accumulate(batch, slot, [&](auto sequences, auto columns, auto coefficients) {
+        const auto fill_batch = [&](auto sequences, auto columns, auto coefficients) {
             for (size_t i = 0; i < sequences.size(); ++i) {
                 const float* base = nullptr;
                 if (!reference.empty()) {
@@ -172,7 +173,13 @@ class Accumulation {
                 }
                 fill(sequences[i], columns[i], base, coefficients[i]);
             }
-        });
+        };
+        const RoutingCheck check = s_->trainer.accumulate(batch, slot, fill_batch);
+        if (report_->routing.mismatches == 0) {
+            report_->routing.first = check.first;
+        }
+        report_->routing.pairs += check.pairs;
+        report_->routing.mismatches += check.mismatches;
     }
 
     TokenSums sums;
@@ -293,6 +300,43 @@ void report_rewards(StepReport& report) {
     report.num_tokens = static_cast<int64_t>(length);
 }
 
+// How evenly the recorded tokens spread over the experts. Shares of the routed rows of a layer.
+void report_routing(const Session& s, StepReport& report) {
+    const ModelConfig& c = s.model.config;
+    const int64_t layers = c.num_expert_layers();
+    const int64_t each = layers * c.experts_per_token;
+    std::vector<int64_t> rows(static_cast<size_t>(layers * c.num_experts), 0);
+    int64_t tokens = 0;
+    const size_t width = c.num_experts > 256 ? 2 : 1;
+    for (const auto& group : report.groups) {
+        for (const auto& t : group.samples) {
+            const auto ids = static_cast<int64_t>(t.routing.size() / width);
+            tokens += each > 0 ? ids / each : 0;
+            for (int64_t i = 0; i < ids; ++i) {
+                const int64_t layer = i % each / c.experts_per_token;
+                int64_t expert = t.routing[static_cast<size_t>(i) * width];
+                if (width == 2) {
+                    expert += int64_t{t.routing[static_cast<size_t>(i) * width + 1]} << 8;
+                }
+                ++rows[static_cast<size_t>(layer * c.num_experts + expert)];
+            }
+        }
+    }
+    if (tokens == 0) {
+        return;
+    }
+    const int64_t most = *std::max_element(rows.begin(), rows.end());
+    const auto idle = static_cast<double>(std::count(rows.begin(), rows.end(), 0));
+    auto& m = report.metrics;
+    m["routing/max_share"] =
+        static_cast<double>(most) / static_cast<double>(tokens * c.experts_per_token);
+    m["routing/idle_share"] = idle / static_cast<double>(rows.size());
+    m["routing/pairs"] = static_cast<double>(report.routing.pairs);
+    m["routing/mismatches"] = static_cast<double>(report.routing.mismatches);
+    m["routing/mismatch"] = static_cast<double>(report.routing.mismatches) /
+                            std::max(1.0, static_cast<double>(report.routing.pairs));
+}
+
 void report_training(Session& s, StepReport& report, const TokenSums& sums, const Update& update) {
     auto& m = report.metrics;
     const double tokens = std::max<double>(1, static_cast<double>(sums.tokens));
@@ -357,6 +401,7 @@ StepReport rl_step(Session& s, int64_t step) {
     });
     report_rewards(report);
     report_training(s, report, accumulation.sums, update);
+    report_routing(s, report);
     report_times(s, report, times);
     return report;
 }

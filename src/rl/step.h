@@ -42,6 +42,7 @@ struct StepReport {
     int64_t parity_mismatches = 0;
     int64_t parity_tokens = 0;
     std::string first_mismatch;  // where rollout and training log-probs differ first
+    RoutingCheck routing;        // chosen experts of rollout and training, where recorded
     int64_t num_tokens = 0;      // response tokens
 };
 

@@ -54,7 +54,8 @@ RolloutEngine::RolloutEngine(
       options_(options),
       kv_(model,
           model.config.num_layers,
-          pages_for(std::max<int64_t>(options.kv_tokens, kPageTokens)) + 1),
+          pages_for(std::max<int64_t>(options.kv_tokens, kPageTokens)) + 1,
+          options.record_routing),
       pages_(kv_.num_pages()) {
     CHECK_EQ(pages_.take(), kSparePage);
     if (options_.decode_steps == 0) {
@@ -403,6 +404,7 @@ void RolloutEngine::finish(Sequence& sequence, FinishReason reason) {
     Completion completion;
     completion.ticket = group.ticket;
     completion.sample = sequence.sample;
+    completion.routing = kv_.read_routing(*stream_, sequence.pages, sequence.length() - 1);
     completion.ids = std::move(sequence.response);
     completion.logprobs = std::move(sequence.logprobs);
     completion.finish = reason;

@@ -45,6 +45,9 @@ struct Completion {
     std::vector<float> logprobs;  // of each response token, as sampled
     FinishReason finish = FinishReason::kStop;
     int64_t adapter_version = 0;  // -1: the base
+    // The experts that every processed token chose, prompt included and the last token not: ids
+    // [tokens, layers with experts, K]; empty unless recorded.
+    std::vector<uint8_t> routing;
 };
 
 struct EngineOptions {
@@ -54,6 +57,7 @@ struct EngineOptions {
     int64_t decode_steps =
         0;                  // tokens decoded between looks of the host; 0: 1 on a CPU, 8 on a GPU
     int64_t kv_tokens = 0;  // capacity of the page pool, in tokens
+    bool record_routing = false;  // fill Completion::routing, for models with experts
 };
 
 struct EngineStats {

@@ -40,6 +40,7 @@ struct CheckpointOptions {
 
 struct MoeOptions {
     int64_t dequant_bytes = int64_t{256} << 20;
+    bool replay_routing = false;
 
     void visit(auto&& field) {
         field(
@@ -47,6 +48,11 @@ struct MoeOptions {
             dequant_bytes,
             "not read yet: experts are decoded a panel at a time, in no buffer that this could "
             "bound"
+        );
+        field(
+            "replay_routing",
+            replay_routing,
+            "training takes the experts that the rollout recorded, not its own choice"
         );
     }
 };

@@ -127,8 +127,9 @@ ParityRow compare(
 }
 
 // Samples answers with the engine, then reads the log-probs that the trainer's forward gives to the
-// same tokens.
-ParityRow rollout_and_training(
+// same tokens, and the experts that it chooses for them.
+void rollout_and_training(
+    std::vector<ParityRow>& rows,
     Stream& stream,
     const Model& model,
     AdapterStore& adapter,
@@ -139,6 +140,7 @@ ParityRow rollout_and_training(
     EngineOptions options;
     options.max_batch = 64;
     options.kv_tokens = 64 * 160;
+    options.record_routing = true;
     RolloutEngine engine(stream, model, &adapter, options);
     Texts prompts;
     for (size_t t = 0; t < std::min<size_t>(texts.size(), 16); ++t) {
@@ -169,12 +171,12 @@ ParityRow rollout_and_training(
     for (size_t i = 0; i < whole.size(); ++i) {
         const auto prompt =
             static_cast<int32_t>(prompts[static_cast<size_t>(completions[i].ticket)].size());
-        sequences.push_back({&whole[i], prompt, static_cast<int64_t>(i)});
+        sequences.push_back({&whole[i], prompt, static_cast<int64_t>(i), &completions[i].routing});
     }
     Logprobs trained;
     Trainer trainer(stream, model, adapter, TrainOptions{}, SamplingFilter{});
     const int slot = bare ? kNoAdapter : adapter.pin_current();
-    trainer.accumulate(sequences, slot, [&](auto, auto columns, auto) {
+    const RoutingCheck routing = trainer.accumulate(sequences, slot, [&](auto, auto columns, auto) {
         for (const auto& column : columns) {
             trained.push_back(column.logprob);
         }
@@ -182,7 +184,10 @@ ParityRow rollout_and_training(
     if (!bare) {
         adapter.unpin(slot);
     }
-    return compare(name, "rollout = training", sampled, trained, 0);
+    rows.push_back(compare(name, "rollout = training", sampled, trained, 0));
+    if (routing.pairs > 0) {
+        rows.push_back({name, "routing of both", routing.pairs, routing.mismatches, routing.first});
+    }
 }
 
 void add_rows(
@@ -220,7 +225,7 @@ void add_rows(
     if (!bare) {
         adapter.unpin(slot);
     }
-    rows.push_back(rollout_and_training(stream, model, adapter, name, texts, bare));
+    rollout_and_training(rows, stream, model, adapter, name, texts, bare);
 }
 
 // A random adapter, far enough from the identity that leaving it out would show.

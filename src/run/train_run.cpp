@@ -75,11 +75,17 @@ struct Run {
         );
         const SamplingFilter filter{
             c.rollout.temperature, c.rollout.top_p, c.rollout.top_k, c.rollout.min_p};
-        trainer.emplace(stream, *model, *adapter, c.train, filter);
+        USER_CHECK(
+            !c.moe.replay_routing || can_record_routing(device),
+            "moe.replay_routing is not there on {} yet; set it to false, or use device = \"cpu\".",
+            device.name
+        );
+        trainer.emplace(stream, *model, *adapter, c.train, filter, c.moe.replay_routing);
         EngineOptions options;
         options.max_batch = std::max(c.rollout.max_batch, c.rollout.samples_per_prompt);
         options.prefill_chunk = c.rollout.prefill_chunk;
         options.prefix_cache = c.rollout.prefix_cache;
+        options.record_routing = true;
         options.kv_tokens =
             options.max_batch * (longest_prompt() + c.rollout.max_tokens + 2 * kPageTokens);
         engine.emplace(stream, *model, adapter.get(), options);
@@ -322,27 +328,28 @@ void print_step(const Run& run, const StepReport& report) {
             m.at("reward/bad_output")
         );
     }
-    line += fmt::format(
-        "  parity {}/{}  {:.1f} s  {:.0f} tok/s",
-        report.parity_mismatches,
-        report.parity_tokens,
-        m.at("time/step_s"),
-        m.at("time/tokens_per_s")
-    );
+    line += fmt::format("  parity {}/{}", report.parity_mismatches, report.parity_tokens);
+    if (report.routing.pairs > 0) {
+        line += fmt::format("  routing {}/{}", report.routing.mismatches, report.routing.pairs);
+    }
+    line += fmt::format("  {:.1f} s  {:.0f} tok/s", m.at("time/step_s"), m.at("time/tokens_per_s"));
     log_line(line);
 }
 
-void check_parity(const Run& run, const StepReport& report) {
-    if (report.parity_mismatches == 0) {
+// One of the two promises: log-probs with equal bits, and the same choice of experts.
+void check_promise(
+    const Run& run,
+    const StepReport& report,
+    const std::string& what,
+    int64_t mismatches,
+    int64_t of,
+    const std::string& first
+) {
+    if (mismatches == 0) {
         return;
     }
-    const std::string sentence = fmt::format(
-        "parity {}/{} in step {}: {}",
-        report.parity_mismatches,
-        report.parity_tokens,
-        report.step + 1,
-        report.first_mismatch
-    );
+    const std::string sentence =
+        fmt::format("{} {}/{} in step {}: {}", what, mismatches, of, report.step + 1, first);
     USER_CHECK(
         run.config.train.on_parity_mismatch == "warn",
         "{}; rollout and training must agree: please report this, or set train.on_parity_mismatch "
@@ -350,6 +357,14 @@ void check_parity(const Run& run, const StepReport& report) {
         sentence
     );
     warn_line(sentence);
+}
+
+void check_parity(const Run& run, const StepReport& report) {
+    check_promise(
+        run, report, "parity", report.parity_mismatches, report.parity_tokens, report.first_mismatch
+    );
+    const RoutingCheck& routing = report.routing;
+    check_promise(run, report, "routing", routing.mismatches, routing.pairs, routing.first);
 }
 
 void check_rewards(const StepReport& report) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numbers>
 #include <numeric>
 
@@ -43,6 +44,69 @@ ResponseRows pack(std::span<const TrainSequence> sequences) {
     return packed;
 }
 
+bool has_routing(const TrainSequence& sequence) {
+    return sequence.routing != nullptr && !sequence.routing->empty();
+}
+
+// The pages of pack() with the rollout's experts in them, for route() to take.
+RoutingPages upload_replay(
+    Stream& stream, std::span<const TrainSequence> sequences, RoutingPages like, int64_t num_pages
+) {
+    const int64_t page_bytes = kPageTokens * like.token_bytes();
+    std::vector<uint8_t> ids(static_cast<size_t>(num_pages * page_bytes));
+    int64_t page = 0;
+    for (const auto& sequence : sequences) {
+        const auto tokens = static_cast<int64_t>(sequence.ids->size()) - 1;
+        CHECK(has_routing(sequence), "(nothing to replay)");
+        CHECK_EQ(static_cast<int64_t>(sequence.routing->size()), tokens * like.token_bytes());
+        std::copy(
+            sequence.routing->begin(), sequence.routing->end(), ids.begin() + page * page_bytes
+        );
+        page += pages_for(tokens);
+    }
+    like.ids = upload_array<uint8_t>(stream, ids);
+    return like;
+}
+
+// Compares what this forward recorded in the pages of pack() with what the rollout did.
+RoutingCheck check_routing(
+    Stream& stream, const KvCache& kv, std::span<const TrainSequence> sequences
+) {
+    RoutingCheck check;
+    const RoutingPages& record = kv.routing();
+    if (!record.defined()) {
+        return check;
+    }
+    const auto bytes = static_cast<size_t>(record.layer_bytes());
+    int64_t page = 0;
+    for (const auto& sequence : sequences) {
+        const auto tokens = static_cast<int64_t>(sequence.ids->size()) - 1;
+        std::vector<int32_t> pages(static_cast<size_t>(pages_for(tokens)));
+        std::iota(pages.begin(), pages.end(), static_cast<int32_t>(page));
+        page += pages_for(tokens);
+        if (!has_routing(sequence)) {
+            continue;
+        }
+        const std::vector<uint8_t> ours = kv.read_routing(stream, pages, tokens);
+        CHECK_EQ(ours.size(), sequence.routing->size());
+        for (size_t at = 0; at < ours.size(); at += bytes) {
+            ++check.pairs;
+            if (std::memcmp(ours.data() + at, sequence.routing->data() + at, bytes) != 0 &&
+                check.mismatches++ == 0) {
+                const size_t pair = at / bytes;
+                const auto layers = static_cast<size_t>(record.layers);
+                check.first = fmt::format(
+                    "sequence {} token {}: another choice of experts in expert layer {}",
+                    sequence.index,
+                    pair / layers,
+                    pair % layers
+                );
+            }
+        }
+    }
+    return check;
+}
+
 // Splits a flat array of all response tokens into one vector per sequence.
 template <typename Assign>
 void per_sequence(std::span<const TrainSequence> sequences, Assign assign) {
@@ -62,21 +126,31 @@ Trainer::Trainer(
     const Model& model,
     AdapterStore& adapter,
     const TrainOptions& options,
-    SamplingFilter filter
+    SamplingFilter filter,
+    bool replay_routing
 )
-    : stream_(&stream), model_(&model), adapter_(&adapter), options_(options), filter_(filter) {
+    : stream_(&stream),
+      model_(&model),
+      adapter_(&adapter),
+      options_(options),
+      filter_(filter),
+      replay_routing_(replay_routing) {
     adapter_->zero_gradients(stream);
 }
 
-void Trainer::accumulate(
+RoutingCheck Trainer::accumulate(
     std::span<const TrainSequence> sequences, int slot, const CoefficientsFn& coefficients
 ) {
     Stream& stream = *stream_;
     const ScratchScope scope(stream.scratch);
     const ResponseRows packed = pack(sequences);
     const auto count = static_cast<int64_t>(packed.rows.size());
-    const KvCache kv(*model_, 1, packed.num_pages);
+    const bool routed = std::any_of(sequences.begin(), sequences.end(), has_routing);
+    const KvCache kv(*model_, 1, packed.num_pages, routed);
     Pass pass{stream, *model_, packed.batch.upload(stream), kv, adapter_, slot};
+    if (replay_routing_ && kv.routing().defined()) {
+        pass.replay = upload_replay(stream, sequences, kv.routing(), packed.num_pages);
+    }
     std::vector<Tensor> layer_inputs;
     const Tensor hidden = forward_hidden(pass, &layer_inputs);
 
@@ -93,6 +167,7 @@ void Trainer::accumulate(
     std::vector<float> entropy(packed.rows.size());
     copy_to_host(stream, logprob.data(), logprobs, logprob.size() * sizeof(float));
     copy_to_host(stream, entropy.data(), entropies, entropy.size() * sizeof(float));
+    const RoutingCheck routing = check_routing(stream, kv, sequences);
     std::vector<TokenColumns> columns(sequences.size());
     std::vector<TokenCoefficients> wanted(sequences.size());
     per_sequence(sequences, [&](size_t s, size_t at, size_t n) {
@@ -135,6 +210,7 @@ void Trainer::accumulate(
     zero_fill(stream, d_hidden.data, static_cast<size_t>(d_hidden.bytes()));
     scatter_rows(stream, d_rows, rows, d_hidden);
     backward_layers(pass, layer_inputs, d_hidden);
+    return routing;
 }
 
 double Trainer::learning_rate(int64_t applied) const {

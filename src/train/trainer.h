@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "model/forward.h"
@@ -22,6 +23,8 @@ struct TrainSequence {
     const std::vector<int32_t>* ids = nullptr;  // prompt then response
     int32_t prompt_length = 0;
     int64_t index = 0;  // the caller's name for it
+    // The experts that the rollout took, as Completion::routing has them; null or empty: unknown.
+    const std::vector<uint8_t>* routing = nullptr;
 };
 
 // Columns of one sequence, one entry per response token.
@@ -39,6 +42,14 @@ struct TokenCoefficients {
 using CoefficientsFn = std::function<
     void(std::span<const TrainSequence>, std::span<const TokenColumns>, std::span<TokenCoefficients>)>;
 
+// The router's choices of the training forward beside those of the rollout. The pairs are of token
+// and layer.
+struct RoutingCheck {
+    int64_t pairs = 0;
+    int64_t mismatches = 0;
+    std::string first;  // where they differ first
+};
+
 struct Update {
     double grad_norm = 0;
     double grad_scale = 1;  // < 1: clipped
@@ -53,12 +64,13 @@ class Trainer {
         const Model& model,
         AdapterStore& adapter,
         const TrainOptions& options,
-        SamplingFilter filter
+        SamplingFilter filter,
+        bool replay_routing = false  // take the recorded experts instead of the router's choice
     );
 
     // Adds the gradient of one batch. Sequences are whole; slot: the adapter version to
-    // differentiate.
-    void accumulate(
+    // differentiate. The check covers the sequences that bring their routing.
+    RoutingCheck accumulate(
         std::span<const TrainSequence> batch, int slot, const CoefficientsFn& coefficients
     );
     // Clip, AdamW, zero the gradients. Three non-finite gradients in a row are a UserError.
@@ -78,6 +90,7 @@ class Trainer {
     AdapterStore* adapter_;
     TrainOptions options_;
     SamplingFilter filter_;
+    bool replay_routing_;
     int64_t optimizer_step_ = 0;  // applied steps
     int skipped_in_a_row_ = 0;
 };
