@@ -367,6 +367,7 @@ def test_bad_configs_and_data(folder):
     case("block", "block", "adapter.block_size=48")
     case("target", "q_porj", "adapter.targets=q_porj")
     case("device", "cuda", "device=cuda:7")
+    case("memory", ["KV pages", "rollout.max_batch (1000000)"], "rollout.max_batch=1000000", "rollout.max_tokens=1000000")
     case("no-data", "missing.jsonl", "data.train=missing.jsonl")
     for name, text, words in (
             ("row", '{"prompt": "a", "answer": "b"}\n{"prompt": \n', ["row.jsonl", "2"]),

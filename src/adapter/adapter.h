@@ -63,6 +63,18 @@ struct AdapterSite {
     int64_t out = 0;
 };
 
+// Whether options.targets name the module.
+bool is_targeted(const AdapterOptions& options, const std::string& module);
+
+// What a fresh AdapterStore takes, as its ledger() will say, without taking it. The same
+// UserErrors.
+std::vector<LedgerEntry> adapter_ledger(
+    const AdapterOptions& options,
+    const std::vector<AdapterSite>& sites,
+    DType compute,
+    int num_slots
+);
+
 struct OftHealth {              // over all blocks of the masters
     double block_norm_max = 0;  // ||Q||_F = sqrt(2) ||v||
     double theta_max = 0;       // bound (||Q^2||_F / sqrt 2)^(1/2)

@@ -45,7 +45,7 @@ struct AdapterStore::State {
 
     explicit State(const Device& on) : device(&on), arena(on) {}
 
-    // Assigns offsets, takes memory. Nothing is published yet.
+    // Lays the sites out, takes memory. Nothing is published yet.
     static std::unique_ptr<State> create(
         const Device& device,
         const AdapterOptions& options,
@@ -54,6 +54,9 @@ struct AdapterStore::State {
         DType compute,
         int num_slots
     );
+
+    // Assigns offsets to the sites and names to their tensors.
+    void lay_out(std::vector<SiteLayout> all);
 
     const Device* device;
     std::string origin = "adapter";  // for messages: the folder it was read from

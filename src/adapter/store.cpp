@@ -79,13 +79,8 @@ void check_options(const AdapterOptions& options) {
 
 SiteLayout fresh_layout(const AdapterOptions& options, AdapterSite site) {
     SiteLayout layout;
-    const bool targeted =
-        options.targets.empty() ||
-        std::any_of(options.targets.begin(), options.targets.end(), [&](const std::string& t) {
-            return names_module(t, site.module);
-        });
     layout.site = std::move(site);
-    if (!targeted || options.kind == "none") {
+    if (!is_targeted(options, layout.site.module)) {
         return layout;
     }
     if (options.kind == "lora") {
@@ -118,10 +113,81 @@ SiteLayout fresh_layout(const AdapterOptions& options, AdapterSite site) {
     return layout;
 }
 
+std::vector<SiteLayout> fresh_layouts(
+    const AdapterOptions& options, const std::vector<AdapterSite>& sites
+) {
+    check_options(options);
+    if (options.kind != "none") {
+        check_targets(options, sites);
+    }
+    std::vector<SiteLayout> layouts;
+    for (const AdapterSite& site : sites) {
+        layouts.push_back(fresh_layout(options, site));
+    }
+    return layouts;
+}
+
 }  // namespace
+
+bool is_targeted(const AdapterOptions& options, const std::string& module) {
+    const auto& targets = options.targets;
+    return options.kind != "none" &&
+           (targets.empty() || std::any_of(targets.begin(), targets.end(), [&](const auto& t) {
+                return names_module(t, module);
+            }));
+}
+
+std::vector<LedgerEntry> adapter_ledger(
+    const AdapterOptions& options,
+    const std::vector<AdapterSite>& sites,
+    DType compute,
+    int num_slots
+) {
+    const Device nowhere;
+    AdapterStore::State state(nowhere);
+    state.lay_out(fresh_layouts(options, sites));
+    const auto count = static_cast<size_t>(state.num_parameters);
+    const auto copied = static_cast<size_t>(state.num_copied);
+    const size_t copy_bytes = copied * static_cast<size_t>(dtype_bytes(compute));
+    std::vector<LedgerEntry> entries = {
+        {"adapter masters", count * sizeof(float)},
+        {"adapter gradients", count * sizeof(float)},
+        {"adapter moments", 2 * count * sizeof(float)},
+        {"adapter copies", static_cast<size_t>(num_slots) * copy_bytes}};
+    if (state.num_oft_rows > 0) {
+        entries.push_back({"adapter rotation gradients", copied * sizeof(float)});
+    }
+    return entries;
+}
 
 std::string peft_tensor_name(const std::string& module, const char* suffix) {
     return "base_model.model." + module + suffix;
+}
+
+void AdapterStore::State::lay_out(std::vector<SiteLayout> all) {
+    for (SiteLayout& site : all) {
+        site.master = num_parameters;
+        site.copy = num_copied;
+        const std::string& module = site.site.module;
+        const auto add = [&](const char* suffix, int64_t row_count, int64_t cols) {
+            tensors.push_back({peft_tensor_name(module, suffix), num_parameters, {row_count, cols}}
+            );
+            num_parameters += row_count * cols;
+        };
+        if (site.kind == AdapterKind::kLora) {
+            add(".lora_A.weight", site.rank, site.site.in);
+            add(".lora_B.weight", site.site.out, site.rank);
+            site.copy_b = site.copy + aligned(site.rank * site.site.in);
+            num_copied = site.copy_b + aligned(site.rank * site.site.out);
+        } else if (site.kind == AdapterKind::kOft) {
+            add(".oft_R.weight", site.rows, oft_parameters(site.block));
+            site.first_row = num_oft_rows;
+            num_oft_rows += site.rows;
+            block_max = std::max(block_max, site.block);
+            num_copied += aligned(site.num_blocks * site.block * site.block);
+        }
+    }
+    sites = std::move(all);
 }
 
 std::unique_ptr<AdapterStore::State> AdapterStore::State::create(
@@ -138,30 +204,7 @@ std::unique_ptr<AdapterStore::State> AdapterStore::State::create(
     state->options = options;
     state->extras = extras;
     state->compute = compute;
-    for (SiteLayout& site : sites) {
-        site.master = state->num_parameters;
-        site.copy = state->num_copied;
-        const std::string& module = site.site.module;
-        const auto add = [&](const char* suffix, int64_t rows, int64_t cols) {
-            state->tensors.push_back(
-                {peft_tensor_name(module, suffix), state->num_parameters, {rows, cols}}
-            );
-            state->num_parameters += rows * cols;
-        };
-        if (site.kind == AdapterKind::kLora) {
-            add(".lora_A.weight", site.rank, site.site.in);
-            add(".lora_B.weight", site.site.out, site.rank);
-            site.copy_b = site.copy + aligned(site.rank * site.site.in);
-            state->num_copied = site.copy_b + aligned(site.rank * site.site.out);
-        } else if (site.kind == AdapterKind::kOft) {
-            add(".oft_R.weight", site.rows, oft_parameters(site.block));
-            site.first_row = state->num_oft_rows;
-            state->num_oft_rows += site.rows;
-            state->block_max = std::max(state->block_max, site.block);
-            state->num_copied += aligned(site.num_blocks * site.block * site.block);
-        }
-    }
-    state->sites = std::move(sites);
+    state->lay_out(std::move(sites));
     const auto floats = [&](const char* name, int64_t count) {
         return static_cast<float*>(
             state->arena.take_bytes(name, static_cast<size_t>(count) * sizeof(float))
@@ -265,17 +308,10 @@ AdapterStore::AdapterStore(
     int num_slots,
     uint64_t seed
 ) {
-    check_options(options);
-    if (options.kind != "none") {
-        check_targets(options, sites);
-    }
+    std::vector<SiteLayout> layouts = fresh_layouts(options, sites);
     AdapterExtras extras;
     extras.transform = options.exact_cayley ? OftTransform{.exact = true}
                                             : neumann_transform(options.neumann_terms, false);
-    std::vector<SiteLayout> layouts;
-    for (AdapterSite& site : sites) {
-        layouts.push_back(fresh_layout(options, std::move(site)));
-    }
     state_ = State::create(device, options, extras, std::move(layouts), compute, num_slots);
     Stream stream(device);
     std::vector<float> a;

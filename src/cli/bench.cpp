@@ -19,10 +19,13 @@ int run_bench(const BenchArgs& args) {
         "orbit bench needs either a MODEL or --shape (one of {}).",
         fmt::join(synthetic_shapes(), ", ")
     );
+    BenchOptions options = args.options;
+    const MemoryInfo before = memory_info(device);
+    options.memory_before = before.total - before.available;
     std::unique_ptr<Model> model = args.shape.empty()
                                        ? load_model(stream, args.model)
                                        : make_synthetic_model(stream, args.shape, args.format);
-    const auto rows = run_bench_table(stream, *model, args.options);
+    const auto rows = run_bench_table(stream, *model, options);
     nlohmann::ordered_json table = nlohmann::ordered_json::array();
     fmt::print("{} on {}\n", model->name, device.name);
     fmt::print(

@@ -10,6 +10,7 @@ namespace orbit::cuda {
 
 int num_devices();
 std::string device_name(int ordinal);
+void memory_info(int ordinal, size_t* free_bytes, size_t* total_bytes);
 void* allocate(int ordinal, size_t bytes);
 void free(int ordinal, void* pointer);
 void* create_stream(int ordinal);

@@ -19,6 +19,10 @@ std::string device_name(int) {
     no_cuda();
 }
 
+void memory_info(int, size_t*, size_t*) {
+    no_cuda();
+}
+
 void* allocate(int, size_t) {
     no_cuda();
 }

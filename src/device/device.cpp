@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <thread>
 
 #include "device/cuda_api.h"
@@ -34,6 +35,25 @@ bool has_amx() {
     constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
     return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
            syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+// cgroup v2. The file cache counts as used there, but gives way.
+void limit_to_container(MemoryInfo& info) {
+    size_t limit = 0;  // "max" where there is none, which reads as 0
+    size_t used = 0;
+    size_t cached = 0;
+    std::ifstream("/sys/fs/cgroup/memory.max") >> limit;
+    std::ifstream("/sys/fs/cgroup/memory.current") >> used;
+    std::ifstream stat("/sys/fs/cgroup/memory.stat");
+    std::string name;
+    for (size_t value = 0; stat >> name >> value;) {
+        cached = name == "file" ? value : cached;
+    }
+    if (limit > 0 && limit < info.total) {
+        used -= std::min(used, cached);
+        info.total = limit;
+        info.available = std::min(info.available, limit - std::min(limit, used));
+    }
 }
 
 }  // namespace
@@ -122,6 +142,25 @@ Device make_device(std::string_view which, std::string_view cpu_isa, int num_thr
     return device;
 }
 
+MemoryInfo memory_info(const Device& device) {
+    MemoryInfo info;
+    if (!device.is_cpu()) {
+        cuda::memory_info(device.ordinal, &info.available, &info.total);
+        return info;
+    }
+    std::ifstream meminfo("/proc/meminfo");
+    for (std::string line; std::getline(meminfo, line);) {
+        const size_t kib = std::strtoull(line.c_str() + line.find(':') + 1, nullptr, 10);
+        if (line.starts_with("MemAvailable:")) {
+            info.available = kib << 10;
+        } else if (line.starts_with("MemTotal:")) {
+            info.total = kib << 10;
+        }
+    }
+    limit_to_container(info);
+    return info;
+}
+
 void* device_allocate(const Device& device, size_t bytes) {
     const size_t size = std::max(kAlignment, aligned(bytes));
     if (!device.is_cpu()) {
@@ -153,13 +192,29 @@ Arena::~Arena() {
 Arena::Arena(Arena&& other) noexcept
     : device_(other.device_),
       blocks_(std::move(other.blocks_)),
-      entries_(std::move(other.entries_)) {
+      entries_(std::move(other.entries_)),
+      reserved_(other.reserved_),
+      reserved_bytes_(other.reserved_bytes_) {
     other.blocks_.clear();
+    other.reserved_bytes_ = 0;
+}
+
+void Arena::reserve(size_t bytes) {
+    reserved_ = static_cast<char*>(device_allocate(*device_, bytes));
+    reserved_bytes_ = bytes;
+    blocks_.push_back(reserved_);
 }
 
 void* Arena::take_bytes(std::string_view name, size_t bytes) {
-    void* pointer = device_allocate(*device_, bytes);
-    blocks_.push_back(pointer);
+    const size_t size = std::max(kAlignment, aligned(bytes));
+    void* pointer = reserved_;
+    if (size <= reserved_bytes_) {
+        reserved_ += size;
+        reserved_bytes_ -= size;
+    } else {
+        pointer = device_allocate(*device_, bytes);
+        blocks_.push_back(pointer);
+    }
     entries_.push_back({std::string(name), bytes});
     if (device_->is_cpu()) {
         std::memset(pointer, 0, bytes);
@@ -204,6 +259,27 @@ Scratch::~Scratch() {
     for (const auto& block : blocks_) {
         device_free(*device_, block.data);
     }
+}
+
+void Scratch::reserve(size_t bytes) {
+    CHECK(at_.block == 0 && at_.offset == 0, "(scratch in use)");
+    for (const auto& block : blocks_) {
+        device_free(*device_, block.data);
+    }
+    blocks_.clear();
+    peak_ = 0;
+    if (bytes > 0) {
+        const size_t size = aligned(bytes);
+        blocks_.push_back({static_cast<char*>(device_allocate(*device_, size)), size});
+    }
+}
+
+size_t Scratch::allocated_bytes() const {
+    size_t total = 0;
+    for (const auto& block : blocks_) {
+        total += block.bytes;
+    }
+    return total;
 }
 
 void* Scratch::take_bytes(size_t bytes) {

@@ -46,6 +46,14 @@ Device make_device(std::string_view which, std::string_view cpu_isa = "auto", in
 void* device_allocate(const Device& device, size_t bytes);
 void device_free(const Device& device, void* pointer);
 
+struct MemoryInfo {
+    size_t available = 0;  // what a new allocation may take
+    size_t total = 0;
+};
+
+// Of the GPU, or of this machine (the limit of a container counts).
+MemoryInfo memory_info(const Device& device);
+
 struct LedgerEntry {
     std::string name;
     size_t bytes;
@@ -66,6 +74,10 @@ class Arena {
     );                                                      // zeroed
     void* take_bytes(std::string_view name, size_t bytes);  // zeroed
 
+    // What is taken from now on comes out of one block of `bytes`, as long as it fits: thousands of
+    // allocations would each be rounded up to the pages of a GPU.
+    void reserve(size_t bytes);
+
     const Device& device() const { return *device_; }
 
     size_t total_bytes() const;
@@ -76,6 +88,8 @@ class Arena {
     const Device* device_;
     std::vector<void*> blocks_;
     std::vector<LedgerEntry> entries_;
+    char* reserved_ = nullptr;
+    size_t reserved_bytes_ = 0;  // left
 };
 
 // Stack-like temporary memory. Grows by blocks when it runs out (never inside a captured graph),
@@ -100,7 +114,13 @@ class Scratch {
 
     void release(Mark mark) { at_ = mark; }
 
+    // One block of `bytes` in place of the present ones (0: none), and peak_bytes() from 0. Nothing
+    // may be in use. What needs no more than that runs without gaps between blocks.
+    void reserve(size_t bytes);
+
     size_t peak_bytes() const { return peak_; }
+
+    size_t allocated_bytes() const;
 
   private:
     struct Block {

@@ -81,6 +81,12 @@ std::vector<ExpectedWeight> expected_weights(const ModelConfig& config);
 // Every expected weight is there in its shape and nothing is left over that the family would need.
 void check_weights(const Checkpoint& checkpoint);
 
+// load_model in two steps: config, tokenizer and template; then the weights.
+std::unique_ptr<Model> make_model(const Device& device, const Checkpoint& checkpoint);
+void load_weights(
+    Stream& stream, const Checkpoint& checkpoint, const LoadOptions& options, Model& model
+);
+
 std::string shape_text(const std::vector<int64_t>& shape);  // "[256, 768]"
 
 }  // namespace orbit

@@ -19,6 +19,11 @@ class KvCache {
     KvCache(const Model& model, int64_t num_layers, int64_t num_pages, bool record_routing = false)
         : arena_(model.arena.device()), num_pages_(num_pages) {
         const auto& c = model.config;
+        // Thousands of tensors would each fill up pages of a GPU's memory.
+        arena_.reserve(static_cast<size_t>(
+            num_layers * 2 * num_pages * c.num_kv_heads * kPageTokens * c.head_dim *
+            dtype_bytes(model.compute)
+        ));
         for (int64_t layer = 0; layer < num_layers; ++layer) {
             layers_.push_back(
                 {arena_.take(

@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "base/hash.h"
 #include "base/log.h"
+#include "model/base_bytes.h"
 #include "model/checkpoint.h"
 #include "model/model.h"
 #include "model/rope_table.h"
@@ -217,31 +218,43 @@ std::string name_of(const std::string& path) {
 std::unique_ptr<Model> load_model(
     Stream& stream, const std::string& path, const LoadOptions& options
 ) {
+    const Checkpoint checkpoint = open_checkpoint(path, {.weights = options.weights});
+    auto model = make_model(stream.device, checkpoint);
+    if (options.weights) {
+        load_weights(stream, checkpoint, options, *model);
+    }
+    return model;
+}
+
+std::unique_ptr<Model> make_model(const Device& device, const Checkpoint& checkpoint) {
+    auto model = std::make_unique<Model>(device);
+    model->config = checkpoint.config;
+    model->path = checkpoint.path;
+    model->name = name_of(checkpoint.path);
+    load_text(*model, checkpoint);
+    model->stop_ids = collect_stop_ids(*model, checkpoint);
+    return model;
+}
+
+void load_weights(
+    Stream& stream, const Checkpoint& checkpoint, const LoadOptions& options, Model& model
+) {
     USER_CHECK(
         options.quantize.empty() || options.quantize == "int4",
         "the weights cannot be quantised to \"{}\" at load; \"int4\" is supported.",
         options.quantize
     );
-    const Checkpoint checkpoint = open_checkpoint(path, {.weights = options.weights});
-    auto model = std::make_unique<Model>(stream.device);
-    model->config = checkpoint.config;
-    model->path = path;
-    model->name = name_of(path);
-    model->compute = options.compute;
-    load_text(*model, checkpoint);
-    model->stop_ids = collect_stop_ids(*model, checkpoint);
-    if (options.weights) {
-        WeightLoader(stream, *model, checkpoint, options).load_all();
-        model->rope = make_rope_table(stream, model->arena, model->config, checkpoint.rope_factors);
-        if (model->largest_rounding_error > 0) {
-            log_line(fmt::format(
-                "{}: weights rounded to BF16, the largest change is {:.2e}",
-                model->name,
-                model->largest_rounding_error
-            ));
-        }
+    model.compute = options.compute;
+    model.arena.reserve(static_cast<size_t>(base_bytes(checkpoint, options)));
+    WeightLoader(stream, model, checkpoint, options).load_all();
+    model.rope = make_rope_table(stream, model.arena, model.config, checkpoint.rope_factors);
+    if (model.largest_rounding_error > 0) {
+        log_line(fmt::format(
+            "{}: weights rounded to BF16, the largest change is {:.2e}",
+            model.name,
+            model.largest_rounding_error
+        ));
     }
-    return model;
 }
 
 std::vector<int32_t> encode_chat(

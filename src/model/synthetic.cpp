@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "base/philox.h"
+#include "model/base_bytes.h"
 #include "model/rope_table.h"
 
 namespace orbit {
@@ -207,6 +208,10 @@ std::unique_ptr<Model> make_synthetic_model(
     model->name = shape + " (random " + format + ")";
     model->path = shape;
     const ModelConfig& c = model->config;
+    model->arena.reserve(static_cast<size_t>(base_bytes(c, [&](const ExpectedWeight& weight) {
+        const bool packed = weight.linear && format == "int4";
+        return MatrixFormat{packed ? WeightFormat::kInt4 : WeightFormat::kBF16};
+    })));
     Builder build{stream, *model, Pool(), format == "int4"};
     model->embedding = build.matrix("base.embedding", c.vocab_size, c.width, false, 1.0f);
     const float head_scale = 1.0f / std::sqrt(static_cast<float>(c.width));

@@ -52,6 +52,8 @@ class DecodeLoop {
 
     size_t num_graphs() const { return graphs_.size(); }
 
+    size_t memory_bytes() const { return arena_.total_bytes() + stream_.scratch.allocated_bytes(); }
+
   private:
     using Key = std::tuple<int64_t, int64_t, int>;  // batch bucket, position bucket, adapter slot
 

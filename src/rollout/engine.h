@@ -89,6 +89,11 @@ class RolloutEngine {
 
     size_t kv_bytes() const { return kv_.total_bytes(); }
 
+    // Keys and values, and what decoding takes beside the caller's stream.
+    size_t memory_bytes() const {
+        return kv_bytes() + (loop_ == nullptr ? 0 : loop_->memory_bytes());
+    }
+
     // Called after each sampled token (ticket, sample, id); for streaming to a terminal and
     // progress.
     std::function<void(int64_t, int32_t, int32_t)> on_token;

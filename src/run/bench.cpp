@@ -6,6 +6,7 @@
 #include "base/log.h"
 #include "base/philox.h"
 #include "rollout/engine.h"
+#include "run/memory_plan.h"
 #include "train/trainer.h"
 
 namespace orbit {
@@ -105,6 +106,56 @@ class Bench {
         row.time_us = seconds * 1e6;
         row.note = fmt::format("{:.3f} TB/s", measured * 1e-12);
         add(row);
+    }
+
+    // One block of scratch for what follows, and nothing left of what was before.
+    void prepare(const MemoryPlan& plan) {
+        stream_.scratch.reserve(plan.scratch);
+        memory_bytes_ = 0;
+    }
+
+    MemoryPlan plan(const RolloutShape& rollout, const TrainShape& train) const {
+        AdapterOptions adapter;
+        adapter.kind = options_.adapter;
+        return plan_memory(
+            scratch_model(stream_.device, model_.config, adapter),
+            static_cast<int64_t>(model_.arena.total_bytes()),
+            rollout,
+            train
+        );
+    }
+
+    // Remembers what the device holds now: on a GPU what its driver says, on a CPU what was
+    // allocated.
+    void measure(const RolloutEngine* engine) {
+        size_t bytes = 0;
+        if (!stream_.is_cpu()) {
+            const MemoryInfo info = memory_info(stream_.device);
+            bytes = info.total - info.available - options_.memory_before;
+        } else {
+            bytes = model_.arena.total_bytes() + stream_.scratch.allocated_bytes();
+            bytes += engine != nullptr ? engine->memory_bytes() : 0;
+            if (adapter_ != nullptr) {
+                for (const auto& entry : adapter_->ledger()) {
+                    bytes += entry.bytes;
+                }
+            }
+        }
+        memory_bytes_ = std::max(memory_bytes_, static_cast<double>(bytes));
+    }
+
+    // Fills the row's memory.
+    void report_memory(BenchRow& row, const MemoryPlan& plan) const {
+        constexpr double kMiB = 1 << 20;
+        row.memory_bytes = memory_bytes_;
+        row.note += fmt::format(
+            ", memory predicted {:.0f} MiB, measured {:.0f} MiB (scratch {:.0f} of {:.0f} MiB in "
+            "use)",
+            static_cast<double>(plan.total()) / kMiB,
+            memory_bytes_ / kMiB,
+            static_cast<double>(stream_.scratch.peak_bytes()) / kMiB,
+            static_cast<double>(plan.scratch) / kMiB
+        );
     }
 
     double floor_us(double bytes, double flops) const {
@@ -233,6 +284,9 @@ class Bench {
         options.max_batch = batch;
         options.prefill_chunk = 8192;
         options.kv_tokens = batch * (options_.context + kTokens + 4 * kPageTokens);
+        const MemoryPlan memory =
+            plan({options, options_.context, options_.context + kTokens, SamplingFilter{}}, {});
+        prepare(memory);
         RolloutEngine engine(stream_, model_, adapter_.get(), options);
         for (int64_t b = 0; b < batch; ++b) {
             Request request;
@@ -279,10 +333,11 @@ class Bench {
              2.0 * context * static_cast<double>(c.num_layers * c.num_heads * c.head_dim));
         row.floor_us = floor_us(decode_bytes(batch, context), flops);
         row.tokens_per_s = static_cast<double>(batch) / (row.time_us * 1e-6);
-        row.memory_bytes = static_cast<double>(engine.kv_bytes());
         row.note = fmt::format(
             "prefill {:.0f} tok/s", static_cast<double>(batch * options_.context) / prefill
         );
+        measure(&engine);
+        report_memory(row, memory);
         add(row);
     }
 
@@ -300,9 +355,19 @@ class Bench {
         for (size_t i = 0; i < texts.size(); ++i) {
             sequences.push_back({&texts[i], 1, static_cast<int64_t>(i)});
         }
+        TrainShape shape;
+        shape.sequences = static_cast<int64_t>(texts.size());
+        shape.tokens = shape.sequences * options_.train_length;
+        shape.rows = shape.tokens;
+        shape.longest = options_.train_length;
+        const MemoryPlan memory = plan({}, shape);
+        prepare(memory);
         const auto step = [&](int) {
             const int slot = adapter_->pin_current();
-            trainer.accumulate(sequences, slot, [](auto, auto, auto coefficients) {
+            trainer.accumulate(sequences, slot, [&](auto, auto, auto coefficients) {
+                if (memory_bytes_ <= 0) {
+                    measure(nullptr);
+                }
                 for (auto& c : coefficients) {
                     std::fill(c.d_logprob.begin(), c.d_logprob.end(), -1e-4f);
                 }
@@ -332,9 +397,9 @@ class Bench {
         row.time_us = 1e6 * seconds;
         row.floor_us = options_.matrix_flops_per_s > 0 ? floor_us(0, flops) : 0;
         row.tokens_per_s = tokens / seconds;
-        row.memory_bytes = static_cast<double>(stream_.scratch.peak_bytes());
         row.note =
             fmt::format("{:.1f} TFLOP/s (6N, attention and head in)", flops / seconds * 1e-12);
+        report_memory(row, memory);
         add(row);
     }
 
@@ -347,6 +412,14 @@ class Bench {
         options.prefill_chunk = 8192;
         options.kv_tokens = options.max_batch * (options_.rl_prompt_tokens +
                                                  options_.rl_response_tokens + 4 * kPageTokens);
+        const MemoryPlan memory = plan(
+            {options,
+             options_.rl_prompt_tokens,
+             options_.rl_prompt_tokens + options_.rl_response_tokens,
+             SamplingFilter{}},
+            rl_batch()
+        );
+        prepare(memory);
         RolloutEngine engine(stream_, model_, adapter_.get(), options);
         std::vector<std::vector<int32_t>> prompts;
         for (int64_t p = 0; p < options_.rl_prompts; ++p) {
@@ -368,7 +441,7 @@ class Bench {
         }
         const double rollout = now_s() - start;
         std::vector<Completion> done = engine.take_finished();
-        const double train = train_on(prompts, done);
+        const double train = train_on(prompts, done, engine);
         BenchRow row;
         row.what = "rl step";
         row.shape = fmt::format(
@@ -383,7 +456,6 @@ class Bench {
         row.time_us = 1e6 * (rollout + train);
         row.tokens_per_s =
             static_cast<double>(count * options_.rl_response_tokens) / (rollout + train);
-        row.memory_bytes = static_cast<double>(engine.kv_bytes() + stream_.scratch.peak_bytes());
         row.note = fmt::format(
             "rollout {:.2f} s, train and update {:.2f} s, parity {}/{}",
             rollout,
@@ -391,11 +463,28 @@ class Bench {
             mismatches_,
             compared_
         );
+        report_memory(row, memory);
         add(row);
     }
 
+    // What train_on packs: whole answers up to train_tokens.
+    TrainShape rl_batch() const {
+        const int64_t length = options_.rl_prompt_tokens + options_.rl_response_tokens;
+        TrainShape shape;
+        shape.sequences = std::min(
+            std::max<int64_t>(1, options_.train_tokens / length),
+            options_.rl_prompts * options_.rl_samples
+        );
+        shape.tokens = shape.sequences * (length - 1);
+        shape.rows = shape.sequences * options_.rl_response_tokens;
+        shape.longest = length;
+        return shape;
+    }
+
     double train_on(
-        const std::vector<std::vector<int32_t>>& prompts, const std::vector<Completion>& done
+        const std::vector<std::vector<int32_t>>& prompts,
+        const std::vector<Completion>& done,
+        const RolloutEngine& engine
     ) {
         const double start = now_s();
         Trainer trainer(stream_, model_, *adapter_, TrainOptions{}, SamplingFilter{});
@@ -405,6 +494,9 @@ class Bench {
         int64_t tokens = 0;
         const auto flush = [&] {
             trainer.accumulate(batch, slot, [&](auto sequences, auto columns, auto coefficients) {
+                if (memory_bytes_ <= 0) {
+                    measure(&engine);
+                }
                 for (size_t i = 0; i < sequences.size(); ++i) {
                     const auto& sampled = done[static_cast<size_t>(sequences[i].index)].logprobs;
                     for (size_t t = 0; t < sampled.size(); ++t) {
@@ -446,6 +538,7 @@ class Bench {
     std::unique_ptr<AdapterStore> adapter_;
     std::vector<BenchRow> rows_;
     double bandwidth_ = 1;
+    double memory_bytes_ = 0;  // the most that was measured since prepare()
     int64_t mismatches_ = 0;
     int64_t compared_ = 0;
 };

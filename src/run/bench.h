@@ -22,6 +22,7 @@ struct BenchOptions {
     int64_t rl_samples = 8;
     int64_t rl_prompt_tokens = 128;
     int64_t rl_response_tokens = 512;
+    size_t memory_before = 0;  // of a GPU, in use before the model was made
     bool kernels = true;
     bool decode = true;
     bool train = true;

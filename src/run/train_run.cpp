@@ -8,6 +8,7 @@
 #include "base/file.h"
 #include "base/log.h"
 #include "rl/step.h"
+#include "run/memory_plan.h"
 #include "run/run_folder.h"
 
 namespace orbit {
@@ -45,6 +46,8 @@ struct Run {
     std::optional<RunFolder> folder;  // created once everything else is known to be good
     Device device;
     Stream stream;
+    MemoryPlan plan;
+    size_t available = 0;  // before anything was loaded
     std::unique_ptr<Model> model;
     std::unique_ptr<AdapterStore> adapter;
     Dataset data;
@@ -67,9 +70,18 @@ struct Run {
         if (!c.data.eval.empty()) {
             questions = Dataset::load(c.data.eval, c.data);
         }
+        const Checkpoint checkpoint = open_checkpoint(c.model);
+        model = make_model(device, checkpoint);
+        const int64_t longest = longest_prompt();
+        plan = plan_run(c, device, checkpoint, longest);
+        available = memory_info(device).available;
+        if (available > 0) {  // 0: the system does not say
+            check_fits(plan, c, available);
+        }
         LoadOptions load;
         load.quantize = c.quantize;
-        model = load_model(stream, c.model, load);
+        load_weights(stream, checkpoint, load, *model);
+        stream.scratch.reserve(plan.scratch);
         adapter = std::make_unique<AdapterStore>(
             device, c.adapter, model->sites, model->compute, 2, c.seed
         );
@@ -81,14 +93,7 @@ struct Run {
             device.name
         );
         trainer.emplace(stream, *model, *adapter, c.train, filter, c.moe.replay_routing);
-        EngineOptions options;
-        options.max_batch = std::max(c.rollout.max_batch, c.rollout.samples_per_prompt);
-        options.prefill_chunk = c.rollout.prefill_chunk;
-        options.prefix_cache = c.rollout.prefix_cache;
-        options.record_routing = true;
-        options.kv_tokens =
-            options.max_batch * (longest_prompt() + c.rollout.max_tokens + 2 * kPageTokens);
-        engine.emplace(stream, *model, adapter.get(), options);
+        engine.emplace(stream, *model, adapter.get(), engine_options(c, longest));
     }
 
     // Also finds prompts that cannot be used before any work is done.
@@ -143,6 +148,12 @@ void print_ledger(const Run& run) {
     }
     line += fmt::format(", KV pages {:.1f} MiB", mib(run.engine->kv_bytes()));
     log_line(line);
+    log_line(fmt::format(
+        "memory at the most {:.1f} of {:.1f} MiB: {}",
+        mib(run.plan.total()),
+        mib(run.available),
+        plan_text(run.plan)
+    ));
     log_line(fmt::format(
         "{} parameters learn ({} on {} layers); {} questions; run folder {}",
         run.adapter->num_parameters(),

@@ -26,6 +26,11 @@ std::string device_name(int ordinal) {
     return properties.name;
 }
 
+void memory_info(int ordinal, size_t* free_bytes, size_t* total_bytes) {
+    CUDA_CHECK(cudaSetDevice(ordinal));
+    CUDA_CHECK(cudaMemGetInfo(free_bytes, total_bytes));
+}
+
 void* allocate(int ordinal, size_t bytes) {
     CUDA_CHECK(cudaSetDevice(ordinal));
     void* pointer = nullptr;

@@ -1,0 +1,211 @@
+#include "run/memory_plan.h"
+
+#include <algorithm>
+
+namespace orbit {
+namespace {
+
+double mib(size_t bytes) {
+    return static_cast<double>(bytes) / (1 << 20);
+}
+
+// A page of `layers` layers, and what its tokens chose, as KvCache keeps them.
+int64_t page_bytes(const ScratchModel& m, int64_t layers, bool routing) {
+    const ModelConfig& c = m.config;
+    const int64_t kv = 2 * kPageTokens * c.num_kv_heads * c.head_dim * dtype_bytes(m.compute);
+    return layers * kv + (routing ? routing_page_bytes(m) : 0);
+}
+
+int64_t rollout_kv_bytes(const ScratchModel& m, const EngineOptions& options) {
+    const int64_t pages = pages_for(std::max<int64_t>(options.kv_tokens, kPageTokens)) + 1;
+    // As floating point: a config may ask for more than an integer can say.
+    const int64_t page = page_bytes(m, m.config.num_layers, options.record_routing);
+    const double bytes = static_cast<double>(page) * static_cast<double>(pages);
+    return static_cast<int64_t>(std::min(bytes, 1e18));
+}
+
+// The state of a DecodeLoop.
+int64_t decode_state_bytes(const ScratchModel& m, const RolloutShape& shape) {
+    const int64_t batch = shape.engine.max_batch;
+    const int64_t steps =
+        shape.engine.decode_steps > 0 ? shape.engine.decode_steps : (m.on_cpu ? 1 : 8);
+    const int64_t blocks = std::max<int64_t>(2 * pages_for(shape.longest), 32);
+    const int64_t per_row = 4 * (7 + blocks + (steps + 1) + 2 * steps) + int64_t{sizeof(SampleRow)};
+    return batch * per_row;
+}
+
+int64_t bytes_named(const MemoryPlan& plan, const std::string& start) {
+    int64_t total = 0;
+    for (const auto& entry : plan.entries) {
+        total += entry.name.starts_with(start) ? static_cast<int64_t>(entry.bytes) : 0;
+    }
+    return total;
+}
+
+// What makes one line of the plan smaller.
+std::string remedy(const std::string& name, const Config& c) {
+    if (name == "base") {
+        return c.quantize.empty() ? "set quantize = \"int4\" for a BF16 base, or take a smaller one"
+                                  : "take a smaller model";
+    }
+    if (name.starts_with("adapter")) {
+        return c.adapter.kind == "lora"
+                   ? fmt::format("lower adapter.rank ({})", c.adapter.rank)
+                   : fmt::format("lower adapter.block_size ({})", c.adapter.block_size);
+    }
+    if (name.starts_with("training")) {
+        return fmt::format("lower train.tokens_per_batch ({})", c.train.tokens_per_batch);
+    }
+    if (name == "prefill") {
+        return fmt::format("lower rollout.prefill_chunk ({})", c.rollout.prefill_chunk);
+    }
+    return fmt::format(
+        "lower rollout.max_batch ({}) or rollout.max_tokens ({})",
+        c.rollout.max_batch,
+        c.rollout.max_tokens
+    );
+}
+
+}  // namespace
+
+void MemoryPlan::add(const std::string& name, int64_t bytes) {
+    entries.push_back({name, static_cast<size_t>(bytes)});
+}
+
+size_t MemoryPlan::total() const {
+    size_t total = 0;
+    for (const auto& entry : entries) {
+        total += entry.bytes;
+    }
+    return total;
+}
+
+MemoryPlan plan_memory(
+    const ScratchModel& m, int64_t base, const RolloutShape& rollout, const TrainShape& train
+) {
+    MemoryPlan plan;
+    plan.add("base", base);
+    if (m.adapter.kind != "none") {
+        const auto sites = adapter_sites(m.config);
+        for (const auto& entry : adapter_ledger(m.adapter, sites, m.compute, 2)) {
+            plan.add(entry.name, static_cast<int64_t>(entry.bytes));
+        }
+    }
+    int64_t training = 0;
+    if (train.tokens > 0) {
+        training = training_scratch(m, train);
+        plan.add(
+            "training KV pages",
+            page_bytes(m, 1, rollout.engine.record_routing) * training_pages(train)
+        );
+    }
+    int64_t prefill = 0;
+    if (rollout.engine.max_batch > 0 && rollout.longest > 0) {
+        PrefillShape shape;
+        shape.tokens = std::min(
+            rollout.engine.prefill_chunk, rollout.engine.max_batch * rollout.longest_prompt
+        );
+        shape.draws = rollout.engine.max_batch;
+        shape.sequences = std::min(rollout.engine.max_batch, shape.tokens);
+        shape.longest = rollout.longest_prompt;
+        shape.filter = rollout.filter;
+        prefill = prefill_scratch(m, shape);
+        plan.add("KV pages", rollout_kv_bytes(m, rollout.engine));
+        plan.add(
+            "decoding",
+            decode_state_bytes(m, rollout) +
+                decode_scratch(m, rollout.engine.max_batch, rollout.longest, rollout.filter)
+        );
+    }
+    plan.scratch = static_cast<size_t>(std::max(training, prefill));
+    if (plan.scratch > 0) {
+        plan.add(training >= prefill ? "training batch" : "prefill", std::max(training, prefill));
+    }
+    return plan;
+}
+
+EngineOptions engine_options(const Config& c, int64_t longest_prompt) {
+    EngineOptions options;
+    options.max_batch = std::max(c.rollout.max_batch, c.rollout.samples_per_prompt);
+    options.prefill_chunk = c.rollout.prefill_chunk;
+    options.prefix_cache = c.rollout.prefix_cache;
+    options.record_routing = true;
+    options.kv_tokens =
+        options.max_batch * (longest_prompt + c.rollout.max_tokens + 2 * kPageTokens);
+    return options;
+}
+
+MemoryPlan plan_run(
+    const Config& c, const Device& device, const Checkpoint& checkpoint, int64_t longest_prompt
+) {
+    const ScratchModel m = scratch_model(device, checkpoint.config, c.adapter);
+    RolloutShape rollout;
+    rollout.engine = engine_options(c, longest_prompt);
+    rollout.longest_prompt = longest_prompt;
+    rollout.longest =
+        std::min(longest_prompt + c.rollout.max_tokens, checkpoint.config.max_positions);
+    rollout.filter = {c.rollout.temperature, c.rollout.top_p, c.rollout.top_k, c.rollout.min_p};
+    TrainShape train;
+    const int64_t answers = c.rollout.prompts_per_step * c.rollout.samples_per_prompt;
+    train.longest = rollout.longest;
+    train.tokens =
+        std::min(std::max(c.train.tokens_per_batch, rollout.longest), answers * rollout.longest);
+    train.rows = std::min(train.tokens, answers * c.rollout.max_tokens);
+    train.sequences = std::min(answers, train.tokens);
+    train.filter = rollout.filter;
+    train.replay_routing = c.moe.replay_routing;
+    LoadOptions load;
+    load.quantize = c.quantize;
+    return plan_memory(m, base_bytes(checkpoint, load), rollout, train);
+}
+
+void check_fits(const MemoryPlan& plan, const Config& config, size_t available) {
+    if (plan.total() <= available) {
+        return;
+    }
+    std::vector<LedgerEntry> largest = plan.entries;
+    std::sort(largest.begin(), largest.end(), [](const auto& a, const auto& b) {
+        return a.bytes > b.bytes;
+    });
+    std::string lines;
+    std::vector<std::string> remedies;
+    for (size_t i = 0; i < std::min<size_t>(3, largest.size()); ++i) {
+        lines += fmt::format(
+            "{}{} {:.1f} MiB", i == 0 ? "" : ", ", largest[i].name, mib(largest[i].bytes)
+        );
+        const std::string way = remedy(largest[i].name, config);
+        if (std::find(remedies.begin(), remedies.end(), way) == remedies.end()) {
+            remedies.push_back(way);
+        }
+    }
+    std::string ways;
+    for (const auto& way : remedies) {
+        ways += (ways.empty() ? "" : ", or ") + way;
+    }
+    throw UserError(fmt::format(
+        "this run needs {:.1f} MiB of memory, {:.1f} MiB are available; the largest parts are {}: "
+        "{}.",
+        mib(plan.total()),
+        mib(available),
+        lines,
+        ways
+    ));
+}
+
+std::string plan_text(const MemoryPlan& plan) {
+    const int64_t adapter = bytes_named(plan, "adapter");
+    std::string text;
+    const auto part = [&](const std::string& name, size_t bytes) {
+        text += fmt::format("{}{} {:.1f} MiB", text.empty() ? "" : ", ", name, mib(bytes));
+    };
+    for (const auto& entry : plan.entries) {
+        if (!entry.name.starts_with("adapter")) {
+            part(entry.name, entry.bytes);
+        } else if (entry.name == "adapter masters") {
+            part("adapter", static_cast<size_t>(adapter));
+        }
+    }
+    return text;
+}
+
+}  // namespace orbit

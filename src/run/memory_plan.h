@@ -1,0 +1,49 @@
+// What a run takes of the device's memory, line by line, before any weight is read.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "model/base_bytes.h"
+#include "rollout/engine.h"
+#include "run/config.h"
+#include "run/scratch_plan.h"
+
+namespace orbit {
+
+// Everything that is there at the same time, at the worst moment of the run.
+struct MemoryPlan {
+    std::vector<LedgerEntry> entries;
+    size_t scratch = 0;  // of the main stream: the larger of a training batch and a prefill
+
+    void add(const std::string& name, int64_t bytes);
+    size_t total() const;
+};
+
+// The rollout engine's side; zero max_batch: no rollout.
+struct RolloutShape {
+    EngineOptions engine;
+    int64_t longest_prompt = 0;
+    int64_t longest = 0;  // prompt and answer
+    SamplingFilter filter;
+};
+
+MemoryPlan plan_memory(
+    const ScratchModel& model,
+    int64_t base_bytes,
+    const RolloutShape& rollout,
+    const TrainShape& train
+);
+
+EngineOptions engine_options(const Config& config, int64_t longest_prompt);
+// Of the run that `config` describes.
+MemoryPlan plan_run(
+    const Config& config, const Device& device, const Checkpoint& checkpoint, int64_t longest_prompt
+);
+
+// UserError when the plan exceeds `available` bytes: the largest lines, and what to change.
+void check_fits(const MemoryPlan& plan, const Config& config, size_t available);
+
+std::string plan_text(const MemoryPlan& plan);  // "base 10.0 MiB, KV pages 2.0 MiB, ..."
+
+}  // namespace orbit
