@@ -6,7 +6,9 @@
 
 #include "model/checkpoint.h"
 #include "model/config.h"
+#include "model/forward.h"
 #include "model/model.h"
+#include "model/token_batch.h"
 #include "model_files.h"
 #include "run/verify.h"
 
@@ -57,11 +59,13 @@ TinyModel tiny_moe() {
 class MoeModelTest : public ::testing::Test {
   protected:
     std::unique_ptr<Model> load(
-        const TinyModel& tiny, const std::map<std::string, RawTensor>& tensors
+        const TinyModel& tiny,
+        const std::map<std::string, RawTensor>& tensors,
+        const LoadOptions& options = {}
     ) {
         write_hf(folder_.path(), tiny);
         write_plain(folder_.path("model.safetensors"), safetensors_text(tensors));
-        return load_model(stream_, folder_.path());
+        return load_model(stream_, folder_.path(), options);
     }
 
     Folder folder_;
@@ -278,6 +282,61 @@ TEST_F(MoeModelTest, PackedLayoutsKeepTheirValues) {
             expect_values(moe.down.w[at], packed.values.at(expert_name(1, e, "down_proj")), "down");
         }
     }
+}
+
+// moe.dequant_bytes and moe.dequant_rows change no bit, and the memory is the option.
+TEST_F(MoeModelTest, DequantBytesAreTheTemporaryMemory) {
+    const TinyModel tiny = tiny_moe();
+    const PackedTensors packed = pack_experts(tiny, Layout::kMxFp4);
+    std::vector<std::vector<float>> results;
+    std::vector<size_t> peaks;
+    const auto run = [&](const DequantOptions& dequant) {
+        LoadOptions load_options;
+        load_options.dequant = dequant;
+        const auto model = load(tiny, packed.tensors, load_options);
+        Stream stream(device_);
+        AdapterOptions options;
+        options.kind = "lora";
+        AdapterStore adapter(device_, options, model->sites, model->compute, 2, 1);
+        TokenBatch batch;
+        for (int32_t text = 0; text < 3; ++text) {
+            std::vector<int32_t> ids;
+            for (int32_t i = 0; i < 30; ++i) {
+                const auto vocab = static_cast<int32_t>(model->config.vocab_size);
+                ids.push_back((17 * i + 5 * text) % vocab);
+            }
+            batch.add(ids, 0, std::vector<int32_t>{2 * text, 2 * text + 1});
+        }
+        const KvCache kv(*model, 1, 6);
+        const int slot = adapter.pin_current();
+        Pass pass{stream, *model, batch.upload(stream), kv, &adapter, slot};
+        std::vector<Tensor> inputs;
+        const Tensor hidden = forward_hidden(pass, &inputs);
+        std::vector<float> values;
+        for (int64_t i = 0; i < hidden.numel(); ++i) {
+            values.push_back(to_float(hidden.as<bf16>()[i]));
+        }
+        backward_layers(pass, inputs, hidden);
+        adapter.unpin(slot);
+        values.insert(
+            values.end(), adapter.gradients(), adapter.gradients() + adapter.num_parameters()
+        );
+        results.push_back(std::move(values));
+        peaks.push_back(stream.scratch.peak_bytes());
+        return dequant_bytes(*model, batch.num_tokens());
+    };
+    const int64_t layer = 3 * kExperts * kExpertWidth * tiny.width * 2;
+    EXPECT_EQ(run({1 << 30, 0}), 0) << "off";
+    EXPECT_EQ(run({1 << 30, 37}), 0) << "180 rows are 36 for each of 5 experts";
+    EXPECT_EQ(run({65536, 36}), 65536);
+    EXPECT_EQ(run({8192, 36}), 8192);
+    EXPECT_EQ(run({1 << 30, 36}), layer) << "no more than the experts of a layer";
+    for (size_t i = 1; i < results.size(); ++i) {
+        EXPECT_EQ(results[i], results[0]) << i;
+    }
+    EXPECT_EQ(peaks[1], peaks[0]);
+    EXPECT_EQ(peaks[2], peaks[0] + 65536);
+    EXPECT_EQ(peaks[4], peaks[0] + static_cast<size_t>(layer));
 }
 
 TEST_F(MoeModelTest, DamageIsNamed) {

@@ -34,13 +34,21 @@ void expect_near(int64_t predicted, size_t taken, const std::string& what, doubl
 }
 
 // Peaks of a ragged training batch, a prefill and decoding on the CPU, beside the plan.
-void compare(const std::string& path, const AdapterOptions& options, const char* isa) {
-    const std::string what = fmt::format("{} {} {}", path, options.kind, isa);
+void compare(
+    const std::string& path,
+    const AdapterOptions& options,
+    const char* isa,
+    const DequantOptions& dequant = {}
+) {
+    const std::string what = fmt::format("{} {} {} {}", path, options.kind, isa, dequant.rows);
     const Device device = make_device("cpu", isa, 2);
     Stream stream(device);
-    const auto model = load_model(stream, path);
+    LoadOptions load;
+    load.dequant = dequant;
+    const auto model = load_model(stream, path, load);
     AdapterStore adapter(device, options, model->sites, model->compute, 2, 1);
-    const ScratchModel m = scratch_model(device, model->config, options);
+    ScratchModel m = scratch_model(device, model->config, options);
+    m.dequant = dequant;
 
     size_t held = 0;
     for (const auto& entry : adapter.ledger()) {
@@ -147,6 +155,8 @@ TEST(Plan, ReferenceModelsTakeWhatWasPredicted) {
         for (const char* name : {"mini-llama", "mini-qwen3-moe", "packed/mini-qwen3-moe-fp8"}) {
             compare(std::string(models) + "/" + name, options, "auto");
         }
+        const std::string packed = std::string(models) + "/packed/mini-qwen3-moe-fp8";
+        compare(packed, options, "auto", {1 << 20, 32});
     }
 }
 

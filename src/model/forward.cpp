@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "model/families/families.h"
 #include "ops/activation.h"
@@ -189,7 +190,7 @@ Tensor Pass::grouped_linear(const Routing& routing, Tensor x, const ExpertWeight
             adapters.clear();
         }
     }
-    const GroupedLinearParams p{x, weights.w, adapters, routing.offsets};
+    const GroupedLinearParams p{x, weights.w, adapters, routing.offsets, dequant};
     orbit::grouped_linear(stream, p, y);
     if (tape != nullptr) {
         tape->record([this, p, y, &weights, views = std::move(adapters)](Tape& t) {
@@ -229,6 +230,17 @@ Tensor forward_layer(Pass& pass, int64_t index, Tensor x, Tensor out) {
                        : llama_layer(pass, weights, pages, x, out);
 }
 
+int64_t dequant_bytes(const ModelConfig& c, const DequantOptions& options, int64_t tokens) {
+    const bool many = c.num_experts > 0 && options.rows > 0 &&
+                      tokens * c.experts_per_token >= options.rows * c.num_experts;
+    const int64_t layer = 3 * c.num_experts * c.expert_width * c.width * 2;
+    return many ? std::min(options.bytes, layer) : 0;
+}
+
+int64_t dequant_bytes(const Model& model, int64_t tokens) {
+    return model.arena.device().is_cpu() ? dequant_bytes(model.config, model.dequant, tokens) : 0;
+}
+
 Tensor forward_hidden(Pass& pass, std::vector<Tensor>* layer_inputs) {
     const int64_t T = pass.batch.num_tokens;
     const int64_t D = pass.model.config.width;
@@ -241,6 +253,11 @@ Tensor forward_hidden(Pass& pass, std::vector<Tensor>* layer_inputs) {
     }
     Tensor x = buffers[0];
     embed(pass.stream, pass.model.embedding, pass.batch.ids, x);
+    const ScratchScope decoded(pass.stream.scratch);
+    std::optional<DequantBuffer> dequant;
+    if (const int64_t bytes = dequant_bytes(pass.model, T); bytes > 0) {
+        pass.dequant = &dequant.emplace(pass.stream, bytes);
+    }
     for (int64_t layer = 0; layer < num_layers; ++layer) {
         const ScratchScope temporaries(pass.stream.scratch);
         if (layer_inputs != nullptr) {
@@ -248,6 +265,7 @@ Tensor forward_hidden(Pass& pass, std::vector<Tensor>* layer_inputs) {
         }
         x = forward_layer(pass, layer, x, buffers[static_cast<size_t>(layer + 1) % buffers.size()]);
     }
+    pass.dequant = nullptr;
     return x;
 }
 
@@ -277,6 +295,11 @@ HeadParams head_params(const Model& model, Tensor h) {
 
 void backward_layers(Pass& pass, std::span<const Tensor> layer_inputs, Tensor d_hidden) {
     CHECK(pass.tape == nullptr, "(the tape is made here)");
+    const ScratchScope decoded(pass.stream.scratch);
+    std::optional<DequantBuffer> dequant;
+    if (const int64_t bytes = dequant_bytes(pass.model, pass.batch.num_tokens); bytes > 0) {
+        dequant.emplace(pass.stream, bytes);
+    }
     for (int64_t layer = pass.model.config.num_layers - 1; layer >= 0; --layer) {
         const ScratchScope temporaries(pass.stream.scratch);
         Tape tape(pass.stream);
@@ -288,6 +311,7 @@ void backward_layers(Pass& pass, std::span<const Tensor> layer_inputs, Tensor d_
             pass.adapter,
             pass.slot,
             &tape,
+            dequant ? &*dequant : nullptr,
             pass.replay};
         const Tensor x = layer_inputs[static_cast<size_t>(layer)];
         const Tensor y = forward_layer(recompute, layer, x, scratch_same(recompute, x));

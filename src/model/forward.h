@@ -28,6 +28,7 @@ struct Pass {
     AdapterStore* adapter = nullptr;
     int slot = kNoAdapter;
     Tape* tape = nullptr;
+    DequantBuffer* dequant = nullptr;
     RoutingPages replay = {};  // experts to take instead of the router's choice
 
     // Recorded ops. `out`: where to write; undefined: new scratch memory.
@@ -57,6 +58,11 @@ Tensor head_hidden(
 );
 
 HeadParams head_params(const Model& model, Tensor h);
+
+// Bytes that the passes over `tokens` tokens take for decoded experts: model.dequant.bytes, or all
+// experts of a layer if that is less; 0 when they decode inside the products.
+int64_t dequant_bytes(const Model& model, int64_t tokens);
+int64_t dequant_bytes(const ModelConfig& config, const DequantOptions& options, int64_t tokens);
 
 // Walks all layers back from d_hidden = dL/d(hidden before the final norm) [T, width], re-running
 // each layer with a tape, and adds the adapter's gradients to its accumulators. Destroys d_hidden.

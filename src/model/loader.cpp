@@ -245,6 +245,7 @@ void load_weights(
         options.quantize
     );
     model.compute = options.compute;
+    model.dequant = options.dequant;
     model.arena.reserve(static_cast<size_t>(base_bytes(checkpoint, options)));
     WeightLoader(stream, model, checkpoint, options).load_all();
     model.rope = make_rope_table(stream, model.arena, model.config, checkpoint.rope_factors);

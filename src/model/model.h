@@ -10,6 +10,7 @@
 
 #include "adapter/adapter.h"
 #include "device/device.h"
+#include "ops/moe.h"
 #include "ops/rope.h"
 #include "quant/quantized_matrix.h"
 #include "text/chat_template.h"
@@ -106,6 +107,7 @@ struct Model {
         stop_ids;  // every end-of-turn id of config, generation_config and template
     double largest_rounding_error = 0;  // F16/F32 files rounded to bf16 at load
     std::string weights_digest;         // hash of the weight bytes as loaded
+    DequantOptions dequant;             // how experts are multiplied; changes no bit
 };
 
 struct LoadOptions {
@@ -113,6 +115,7 @@ struct LoadOptions {
     std::string
         quantize;  // "" as stored, "int4": BF16 linears are quantised to INT4 group 32 at load
     bool weights = true;  // false: config, tokenizer and template only (inspect)
+    DequantOptions dequant = {};
 };
 
 // MODEL: a Hugging Face folder or a .gguf file. UserError names the file, the tensor or field, and

@@ -248,13 +248,19 @@ void backward_oft(
     const ScratchScope scope(stream.scratch);
     const Tensor g = stream.scratch.take(dy.dtype, {dy.rows(), p.w.cols});
     backward_base(stream, p, dy, g, false);
-    outer_sum(stream, p.x, g, p.adapter.oft_d.shape[0], 1.0f, grad.oft_d);
-    if (dx.defined()) {
-        rotate(stream, g, p.adapter.oft_d, true, dx, accumulate_dx);
-    }
+    rotation_backward(stream, p.x, p.adapter.oft_d, g, dx, accumulate_dx, grad.oft_d);
 }
 
 }  // namespace
+
+void rotation_backward(
+    Stream& stream, Tensor x, Tensor oft_d, Tensor g, Tensor dx, bool accumulate_dx, float* grad
+) {
+    outer_sum(stream, x, g, oft_d.shape[0], 1.0f, grad);
+    if (dx.defined()) {
+        rotate(stream, g, oft_d, true, dx, accumulate_dx);
+    }
+}
 
 void linear(Stream& stream, const LinearParams& p, Tensor y) {
     if (!stream.is_cpu()) {

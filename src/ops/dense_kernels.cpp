@@ -378,6 +378,25 @@ void matmul_items(const Matmul& m, int64_t begin, int64_t end, void* memory) {
     }
 }
 
+void decode_rows(const DecodePart& part, int64_t begin, int64_t end) {
+#if defined(ORBIT_AVX512)
+    if (part.pairs) {
+        return decode_pair_rows(part, begin, end);
+    }
+#endif
+    float values[kDecodeRun];
+    for (int64_t r = begin; r < end; ++r) {
+        bf16* out = part.out + r * part.cols;
+        for (int64_t c = 0; c < part.cols; c += kDecodeRun) {
+            const int64_t count = std::min(kDecodeRun, part.cols - c);
+            decode_row(part.w, part.row + r, part.column + c, count, false, values);
+            for (int64_t i = 0; i < count; ++i) {
+                out[c + i] = to_bf16(values[i]);
+            }
+        }
+    }
+}
+
 namespace {
 
 constexpr int64_t kOuterRows = 128;  // tokens converted at a time

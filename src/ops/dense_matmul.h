@@ -95,6 +95,24 @@ void end_tiles();
 void multiply_tile(const PanelTile& tile, int64_t rows, int64_t width, char* padding);
 }  // namespace isa_amx
 
+// Rows [row, row + rows) and columns [column, column + cols) of w as the bf16 values that a product
+// with `pairs` (or without) multiplies. out: [rows, cols]. column: a multiple of 32.
+struct DecodePart {
+    QuantizedMatrix w;
+    int64_t row = 0;
+    int64_t column = 0;
+    int64_t cols = 0;
+    bool pairs = false;
+    bf16* out = nullptr;
+};
+
+// The rotation's share of linear_backward, g being the gradient of the rotated input:
+// grad += x^T g per block, dx (+)= g + g D^T. dx undefined, grad null: skipped.
+void rotation_backward(
+    Stream& stream, Tensor x, Tensor oft_d, Tensor g, Tensor dx, bool accumulate_dx, float* grad
+);
+
+ORBIT_KERNEL(void, decode_rows, (const DecodePart& part, int64_t begin, int64_t end))
 ORBIT_KERNEL(void, matmul_items, (const Matmul& m, int64_t begin, int64_t end, void* workspace))
 ORBIT_KERNEL(void, outer_sum_items, (const OuterSum& o, int64_t begin, int64_t end))
 

@@ -345,6 +345,41 @@ void pack_pairs(
     }
 }
 
+template <typename Reader>
+void decode_with(const DecodePart& part, int64_t begin, int64_t end) {
+    const Reader reader(part.w);
+    for (int64_t r = begin; r < end; ++r) {
+        bf16* out = part.out + r * part.cols;
+        for (int64_t c = 0; c < part.cols; c += kBlock) {
+            const __mmask32 mask = first_lanes(part.cols - c);
+            _mm512_mask_storeu_epi16(
+                out + c, mask, reader.read(part.row + r, part.column + c, mask)
+            );
+        }
+    }
+}
+
+// The values that pack_pair_panel packs.
+inline void decode_pair_rows(const DecodePart& part, int64_t begin, int64_t end) {
+    DecodePart plain = part;
+    plain.pairs = false;
+    switch (part.w.format) {
+        case WeightFormat::kInt4:
+            if (part.w.group_size % kBlock == 0) {
+                return decode_with<Int4Reader>(part, begin, end);
+            }
+            return decode_rows(plain, begin, end);
+        case WeightFormat::kFp8:
+            return decode_with<Fp8Reader>(part, begin, end);
+        case WeightFormat::kMxFp4:
+            return decode_with<Fp4Reader<WeightFormat::kMxFp4>>(part, begin, end);
+        case WeightFormat::kNvFp4:
+            return decode_with<Fp4Reader<WeightFormat::kNvFp4>>(part, begin, end);
+        default:
+            return decode_rows(plain, begin, end);
+    }
+}
+
 // pack_panel for pair panels. Column groups that lie wholly past the width are left as they are.
 inline void pack_pair_panel(
     const Product& p, int64_t n0, int64_t width, int64_t k0, int64_t depth, uint32_t* cells

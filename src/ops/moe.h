@@ -5,7 +5,9 @@
 // stays on the device. T tokens, K experts per token, E experts, R = T K routed rows.
 #pragma once
 
+#include <cstdint>
 #include <span>
+#include <vector>
 
 #include "device/device.h"
 #include "ops/batch.h"
@@ -82,13 +84,58 @@ void combine_rows_backward(
     Stream& stream, const Routing& routing, Tensor x, Tensor dy, Tensor dx, float* d_weight
 );
 
+// Active-expert-chunked dequantisation (performance.md 5): experts that received rows are decoded
+// to bf16 first, `bytes` at a time, and multiplied from there.
+struct DequantOptions {
+    int64_t bytes = int64_t{256} << 20;  // temporary memory, exactly
+    int64_t rows = 0;  // from this many rows per expert on average; 0: decode inside the product
+};
+
+// The decoded matrices, in scratch memory of the stream that lives as long as the caller's scope.
+// A matrix that is still there is not decoded again: backward walks the experts in the opposite
+// order, so it begins with what the recomputed forward left. On a GPU it is not used yet.
+class DequantBuffer {
+  public:
+    DequantBuffer(Stream& stream, int64_t bytes)
+        : memory_(static_cast<bf16*>(stream.scratch.take_bytes(static_cast<size_t>(bytes)))),
+          bytes_(bytes) {}
+
+    bf16* memory() const { return memory_; }
+
+    int64_t bytes() const { return bytes_; }
+
+    // Room for `w` as bf16, `decoded` when its values are there already; null when it is too large.
+    bf16* place(const QuantizedMatrix& w, bool& decoded);
+
+    void clear() { slots_.clear(); }  // the memory was used for something else
+
+    int64_t num_decoded() const { return num_decoded_; }  // matrices, or panels of one
+
+    void count_decoded() { ++num_decoded_; }
+
+  private:
+    struct Slot {
+        const void* weight;
+        uint64_t used;
+    };
+
+    bf16* memory_;
+    int64_t bytes_;
+    int64_t slot_bytes_ = 0;
+    std::vector<Slot> slots_;
+    uint64_t clock_ = 0;
+    int64_t num_decoded_ = 0;
+};
+
 // y[r] = linear of row r with its expert's weight and adapter. experts, adapters: one per expert,
-// host arrays; adapters empty: none. The same arithmetic as linear() on the expert's rows alone.
+// host arrays; adapters empty: none. The same arithmetic as linear() on the expert's rows alone,
+// and the same bits with a buffer as without one.
 struct GroupedLinearParams {
     Tensor x;                                  // [R, in]
     std::span<const QuantizedMatrix> experts;  // [E] of [out, in]
     std::span<const AdapterView> adapters;
     const int32_t* offsets = nullptr;  // [E + 1], device
+    DequantBuffer* dequant = nullptr;  // null: weights are decoded inside the product
 };
 
 void grouped_linear(Stream& stream, const GroupedLinearParams& p, Tensor y);

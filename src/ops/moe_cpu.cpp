@@ -163,28 +163,6 @@ void dispatch_backward(Stream& stream, const Routing& r, Tensor dy, Tensor dx, b
     });
 }
 
-// Calls `body(expert, begin, end)` for every expert that has rows.
-template <typename Body>
-void for_experts(const GroupedLinearParams& p, const Body& body) {
-    for (size_t e = 0; e < p.experts.size(); ++e) {
-        if (p.offsets[e] < p.offsets[e + 1]) {
-            body(e, p.offsets[e], p.offsets[e + 1]);
-        }
-    }
-}
-
-LinearParams expert_params(
-    const GroupedLinearParams& p, size_t expert, int64_t begin, int64_t end
-) {
-    LinearParams linear;
-    linear.x = p.x.slice(begin, end);
-    linear.w = p.experts[expert];
-    if (!p.adapters.empty()) {
-        linear.adapter = p.adapters[expert];
-    }
-    return linear;
-}
-
 }  // namespace
 
 bool can_record_routing(const Device& device) {
@@ -314,41 +292,6 @@ void combine_rows_backward(
     } else {
         combine_backward<bf16>(stream, r, x, dy, dx, d_weight);
     }
-}
-
-void grouped_linear(Stream& stream, const GroupedLinearParams& p, Tensor y) {
-    if (!stream.is_cpu()) {
-        cuda::grouped_linear(stream, p, y);
-        return;
-    }
-    for_experts(p, [&](size_t e, int64_t begin, int64_t end) {
-        linear(stream, expert_params(p, e, begin, end), y.slice(begin, end));
-    });
-}
-
-void grouped_linear_backward(
-    Stream& stream,
-    const GroupedLinearParams& p,
-    Tensor dy,
-    Tensor dx,
-    bool accumulate_dx,
-    std::span<const AdapterGrad> grads
-) {
-    if (!stream.is_cpu()) {
-        cuda::grouped_linear_backward(stream, p, dy, dx, accumulate_dx, grads);
-        return;
-    }
-    for_experts(p, [&](size_t e, int64_t begin, int64_t end) {
-        const AdapterGrad grad = grads.empty() ? AdapterGrad{} : grads[e];
-        linear_backward(
-            stream,
-            expert_params(p, e, begin, end),
-            dy.slice(begin, end),
-            dx.slice(begin, end),
-            accumulate_dx,
-            grad
-        );
-    });
 }
 
 }  // namespace orbit

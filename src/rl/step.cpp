@@ -371,6 +371,10 @@ void report_times(Session& s, StepReport& report, const PhaseTimes& times) {
     m["time/step_s"] = total;
     m["time/tokens_per_s"] = static_cast<double>(report.num_tokens) / std::max(1e-9, total);
     m["mem/scratch_bytes"] = static_cast<double>(s.stream.scratch.peak_bytes());
+    if (s.model.config.num_experts > 0) {
+        m["mem/dequant_bytes"] =
+            static_cast<double>(dequant_bytes(s.model, s.train_options.tokens_per_batch));
+    }
     m["mem/kv_bytes"] = static_cast<double>(s.rollout.kv_bytes());
 }
 

@@ -40,14 +40,19 @@ struct CheckpointOptions {
 
 struct MoeOptions {
     int64_t dequant_bytes = int64_t{256} << 20;
+    int64_t dequant_rows = 0;
     bool replay_routing = false;
 
     void visit(auto&& field) {
         field(
             "dequant_bytes",
             dequant_bytes,
-            "not read yet: experts are decoded a panel at a time, in no buffer that this could "
-            "bound"
+            "temporary memory for experts that are decoded to bf16 before the product"
+        );
+        field(
+            "dequant_rows",
+            dequant_rows,
+            "rows per expert from which a forward or backward decodes first; 0: never"
         );
         field(
             "replay_routing",

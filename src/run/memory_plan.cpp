@@ -138,7 +138,8 @@ EngineOptions engine_options(const Config& c, int64_t longest_prompt) {
 MemoryPlan plan_run(
     const Config& c, const Device& device, const Checkpoint& checkpoint, int64_t longest_prompt
 ) {
-    const ScratchModel m = scratch_model(device, checkpoint.config, c.adapter);
+    ScratchModel m = scratch_model(device, checkpoint.config, c.adapter);
+    m.dequant = {c.moe.dequant_bytes, c.moe.dequant_rows};
     RolloutShape rollout;
     rollout.engine = engine_options(c, longest_prompt);
     rollout.longest_prompt = longest_prompt;

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "model/forward.h"
 #include "ops/attention_kernels.h"
 #include "ops/batch.h"
 #include "ops/dense_matmul.h"
@@ -464,11 +465,21 @@ void upload(Meter& meter, const BatchShape& batch) {
     meter.take(ints * int64_t{sizeof(int32_t)});
 }
 
+// The buffer of experts that are decoded first.
+void decoded_experts(const ScratchModel& m, Meter& meter, int64_t tokens) {
+    const int64_t bytes = m.on_cpu ? dequant_bytes(m.config, m.dequant, tokens) : 0;
+    if (bytes > 0) {
+        meter.take(bytes);
+    }
+}
+
 void hidden(const ScratchModel& m, Meter& meter, const BatchShape& batch, bool keep_inputs) {
     const int64_t bytes = batch.tokens * m.config.width * dtype_bytes(m.compute);
     for (int64_t i = 0; i < (keep_inputs ? m.config.num_layers + 1 : 2); ++i) {
         meter.take(bytes);
     }
+    const Scope decoded(meter);
+    decoded_experts(m, meter, batch.tokens);
     for (int64_t layer = 0; layer < m.config.num_layers; ++layer) {
         const Scope scope(meter);
         Layer(m, meter, batch, layer).forward(false);
@@ -523,6 +534,7 @@ int64_t training_scratch(const ScratchModel& m, const TrainShape& shape) {
     head(m, meter, shape.rows, shape.filter, true);
     meter.take(shape.rows * row_bytes);
     meter.take(shape.tokens * row_bytes);
+    decoded_experts(m, meter, shape.tokens);
     for (int64_t index = m.config.num_layers - 1; index >= 0; --index) {
         const Scope scope(meter);
         meter.take(shape.tokens * row_bytes);

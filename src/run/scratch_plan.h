@@ -21,6 +21,7 @@ struct ScratchModel {
     CpuIsa isa = CpuIsa::kReference;
     int64_t threads = 1;
     bool records_routing = false;  // the device can
+    DequantOptions dequant;        // of experts, on a CPU
 };
 
 ScratchModel scratch_model(

@@ -80,6 +80,7 @@ struct Run {
         }
         LoadOptions load;
         load.quantize = c.quantize;
+        load.dequant = {c.moe.dequant_bytes, c.moe.dequant_rows};
         load_weights(stream, checkpoint, load, *model);
         stream.scratch.reserve(plan.scratch);
         adapter = std::make_unique<AdapterStore>(
@@ -539,10 +540,10 @@ RunResult start_run(const Config& config, std::string path) {
         path,
         path
     );
-    if (config.moe.dequant_bytes != MoeOptions{}.dequant_bytes) {
-        warn_line("moe.dequant_bytes is not read yet and changes nothing in this version");
-    }
     Run run(config);
+    if (config.moe.dequant_rows > 0 && !run.device.is_cpu()) {
+        warn_line("moe.dequant_rows is not read on a GPU yet and changes nothing there");
+    }
     run.folder = RunFolder::create(path);
     run.folder->write_config(to_toml(config));
     print_ledger(run);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <optional>
 
 #include "opcheck/cases.h"
 #include "opcheck/weights.h"
@@ -25,6 +26,7 @@ struct Shape {
     AdapterKind adapter = AdapterKind::kNone;
     int64_t adapter_size = 0;  // rank or block size
     DType compute = DType::kBF16;
+    int64_t dequant_bytes = 0;  // > 0: experts are decoded first
 };
 
 enum Projection : size_t { kGate, kUp, kDown, kProjections };
@@ -163,6 +165,9 @@ struct Activations {
     RouterParams router;
     Routing routing;
     Tensor rows, gate, up, hidden, out;
+    std::optional<DequantBuffer> dequant;
+
+    DequantBuffer* buffer() { return dequant ? &*dequant : nullptr; }
 };
 
 Tensor scratch(Stream& stream, const Shape& s, int64_t rows, int64_t cols) {
@@ -174,6 +179,9 @@ Activations forward(const Block& block, Stream& stream, const Tensors& in, const
     const int64_t tokens = in[kX].rows();
     const int64_t rows = tokens * s.selected;
     Activations a;
+    if (s.dequant_bytes > 0) {
+        a.dequant.emplace(stream, s.dequant_bytes);
+    }
     a.router.x = in[kX];
     a.router.weight.rows = s.experts;
     a.router.weight.cols = s.width;
@@ -188,7 +196,7 @@ Activations forward(const Block& block, Stream& stream, const Tensors& in, const
         const Tensor out = scratch(stream, s, rows, out_of(s, projection));
         const auto weights = block.weights(projection, in);
         const auto adapters = block.adapters(projection, in);
-        grouped_linear(stream, {x, weights, adapters, a.routing.offsets}, out);
+        grouped_linear(stream, {x, weights, adapters, a.routing.offsets, a.buffer()}, out);
         return out;
     };
     a.gate = project(kGate, a.rows);
@@ -206,7 +214,7 @@ void backward(
     const Shape& s = block.shape;
     const ScratchScope scope(stream.scratch);
     const Tensor y = scratch(stream, s, in[kX].rows(), s.width);
-    const Activations a = forward(block, stream, in, y);
+    Activations a = forward(block, stream, in, y);
     const auto like = [&](const Tensor& t) { return scratch(stream, s, t.rows(), t.cols()); };
     const Tensor d_out = like(a.out);
     const Tensor d_weight = stream.scratch.take(DType::kF32, {in[kX].rows(), s.selected});
@@ -219,7 +227,7 @@ void backward(
         const auto weights = block.weights(projection, in);
         const auto adapters = block.adapters(projection, in);
         const auto grads = block.grads(projection, d_in);
-        const GroupedLinearParams p{x, weights, adapters, a.routing.offsets};
+        const GroupedLinearParams p{x, weights, adapters, a.routing.offsets, a.buffer()};
         grouped_linear_backward(stream, p, d_projected, dx, accumulate, grads);
     };
     const Tensor d_hidden = like(a.hidden);
@@ -367,7 +375,7 @@ void add_case(CaseList& cases, const Shape& s) {
     Case c;
     c.op = "moe";
     c.name = fmt::format(
-        "{} {}x{}x{} {} of {}{}{}{}",
+        "{} {}x{}x{} {} of {}{}{}{}{}",
         format_name(s.format),
         s.tokens,
         s.width,
@@ -376,6 +384,7 @@ void add_case(CaseList& cases, const Shape& s) {
         s.experts,
         s.normalize ? "" : " raw",
         adapter_name(s.adapter),
+        s.dequant_bytes > 0 ? fmt::format(" decoded {}", s.dequant_bytes) : "",
         f32 ? " (f32)" : ""
     );
     const int64_t count = s.tokens * s.width;
@@ -432,6 +441,15 @@ void add_moe_cases(CaseList& cases) {
         add({WeightFormat::kBF16, 3, 32, 8, 1, 1});
         add({WeightFormat::kBF16, 4, 32, 8, 6, 6, false, AdapterKind::kLora, 2});
         add({WeightFormat::kInt4, 70, 64, 96, 16, 4});
+        const auto add_decoded = [&](WeightFormat format, AdapterKind adapter, int64_t bytes) {
+            Shape s{format, 40, 64, 96, 4, 2, true, adapter, 16};
+            s.dequant_bytes = bytes;
+            add(s);
+        };
+        constexpr int64_t kMatrix = 64 * 96 * 2;
+        add_decoded(WeightFormat::kInt4, AdapterKind::kLora, 3 * kMatrix);
+        add_decoded(WeightFormat::kMxFp4, AdapterKind::kOft, kMatrix / 2);
+        add_decoded(WeightFormat::kNvFp4, AdapterKind::kLora, kMatrix / 2);
     }
 }
 
