@@ -458,6 +458,20 @@ def test_quantize_of_experts(folder):
     expect_ok(orbit("parity", folder / "nvfp4", "--texts", 4, "--longest", 32), "parity of the quantised folder")
 
 
+def test_plan(folder):
+    fits = expect_ok(orbit("plan", "Kimi-K2.6", "--gpus", "8xH200"), "plan that fits").out
+    expect("553.4 GiB" in fits and "\nfits: " in fits, f"the plan of Kimi-K2.6:\n{fits}")
+    small = orbit("plan", "Kimi-K2.6", "--gpus", "2xH200")
+    expect_equal(small.rc, 1, "exit status of a plan that does not fit")
+    expect("does not fit" in small.out and "host memory" in small.out, f"the plan for 2 GPUs:\n{small.out}")
+    shutil.copy(MODEL / "config.json", folder / "config.json")
+    expect_equal(
+        expect_ok(orbit("plan", folder), "config alone").out.split(": ", 1)[1],
+        expect_ok(orbit("plan", MODEL), "whole folder").out.split(": ", 1)[1], "plans of a folder and of its config alone")
+    expect_user_error(orbit("plan", "Qwen3-8"), "Qwen3-8B", "unknown model")
+    expect_user_error(orbit("plan", "Qwen3-8B", "--gpus", "8xTPU"), "H200", "unknown GPU")
+
+
 def test_tiny_models(_):
     # biases and an untied head; llama3 rope scaling and three heads; experts beside a dense layer
     for family in ("qwen2", "llama", "qwen3-moe"):

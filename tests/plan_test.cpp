@@ -5,6 +5,7 @@
 
 #include "base/philox.h"
 #include "model_files.h"
+#include "run/gpu_plan.h"
 #include "run/memory_plan.h"
 #include "train/trainer.h"
 
@@ -266,6 +267,190 @@ TEST(Plan, MemoryOfTheMachineIsKnown) {
     const MemoryInfo info = memory_info(make_device("cpu"));
     EXPECT_GT(info.available, size_t{1} << 20);
     EXPECT_LE(info.available, info.total);
+}
+
+// models.md 13: parameters in billions, bytes in GB as published, KV bytes of a token.
+struct Published {
+    const char* name;
+    double params, gb, kv;
+    double expert_params = 0;
+};
+
+constexpr Published kPublished[] = {
+    {"SmolLM2-135M", 0.135, 0.27, 23040},
+    {"SmolLM2-360M", 0.362, 0.72, 40960},
+    {"SmolLM2-1.7B", 1.711, 3.42, 196608},
+    {"Llama-3.2-1B", 1.236, 2.47, 32768},
+    {"Llama-3.2-3B", 3.213, 6.43, 114688},
+    {"Llama-3.1-8B", 8.030, 16.06, 131072},
+    {"Llama-3.3-70B", 70.554, 141.1, 327680},
+    {"Qwen2.5-0.5B", 0.494, 0.99, 12288},
+    {"Qwen2.5-1.5B", 1.544, 3.09, 28672},
+    {"Qwen2.5-3B", 3.086, 6.17, 36864},
+    {"Qwen2.5-7B", 7.616, 15.2, 57344},
+    {"Qwen2.5-14B", 14.77, 29.5, 196608},
+    {"Qwen2.5-32B", 32.76, 65.5, 262144},
+    {"Qwen2.5-72B", 72.71, 145.4, 327680},
+    {"Qwen3-0.6B", 0.596, 1.19, 114688},
+    {"Qwen3-1.7B", 1.721, 3.44, 114688},
+    {"Qwen3-4B", 4.022, 8.04, 147456},
+    {"Qwen3-8B", 8.191, 16.4, 147456},
+    {"Qwen3-14B", 14.77, 29.5, 163840},
+    {"Qwen3-32B", 32.76, 65.5, 262144},
+    {"Qwen3-30B-A3B", 30.53, 61.1, 98304, 28.99},
+    {"Qwen3-235B-A22B", 235.1, 470, 192512, 227.1},
+    {"DeepSeek-V3", 671.0, 673, 70272, 653.9},
+    {"Kimi-K2-Instruct", 1026.4, 1029, 70272, 1014.7},
+    {"Kimi-K2-Thinking", 1026.4, 594.2, 70272, 1014.7},
+    {"Kimi-K2.5", 1026.4, 594.2, 70272, 1014.7},
+    {"Kimi-K2.6", 1026.4, 594.2, 70272, 1014.7},
+    {"DeepSeek-V4-Flash", 284.3, 156.0, 6880, 277.0},
+    {"DeepSeek-V4-Pro", 1573.0, 850.8, 9848, 1547.4},
+    {"gpt-oss-20b", 20.9, 13.8, 24576, 19.1},
+    {"gpt-oss-120b", 116.8, 65.3, 36864, 114.7},
+    {"GLM-4.5-Air", 106.9, 214, 188416},
+    {"GLM-4.5", 352.8, 706, 376832},
+};
+
+TEST(GpuPlan, EveryPublishedModelHasItsSize) {
+    for (const Published& published : kPublished) {
+        const PlanModel m = plan_model(published.name, "");
+        const double gb = (m.expert_bytes() + m.other_bytes()) / 1e9;
+        EXPECT_NEAR(m.params() / 1e9, published.params, 0.005 * published.params + 0.0006)
+            << published.name;
+        EXPECT_NEAR(gb, published.gb, 0.01 * published.gb) << published.name;
+        EXPECT_DOUBLE_EQ(m.kv_token_bytes, published.kv) << published.name;
+        if (published.expert_params > 0) {
+            EXPECT_NEAR(
+                m.expert_params() / 1e9, published.expert_params, 0.005 * published.expert_params
+            ) << published.name;
+        }
+    }
+}
+
+TEST(GpuPlan, FormatsOfExpertsHaveTheirSizes) {
+    const auto gb = [](const char* model, const char* format) {
+        const PlanModel m = plan_model(model, format);
+        return (m.expert_bytes() + m.other_bytes()) / 1e9;
+    };
+    EXPECT_NEAR(gb("Qwen3-30B-A3B", "int4"), 19.4, 0.1);
+    EXPECT_NEAR(gb("Qwen3-235B-A22B", "int4"), 143.7, 0.5);
+    EXPECT_NEAR(gb("Qwen3-235B-A22B", "fp8"), 243, 1);
+    EXPECT_NEAR(plan_model("Kimi-K2.6", "").expert_bytes() / 1e9, 570.8, 0.1);
+    EXPECT_NEAR(plan_model("moonshotai/kimi-k2.6", "").other_bytes() / 1e9, 23.4, 0.1);
+    EXPECT_NEAR(plan_model("DeepSeek-V4-Flash", "").expert_bytes() / 1e9, 147.2, 0.1);
+    EXPECT_NEAR(plan_model("DeepSeek-V4-Flash", "").other_bytes() / 1e9, 8.85, 0.1);
+    EXPECT_NEAR(plan_model("DeepSeek-V4-Pro", "").other_bytes() / 1e9, 28.7, 0.2);
+    // Window and compressor state of one sequence, MiB.
+    EXPECT_NEAR(plan_model("DeepSeek-V4-Flash", "").kv_sequence_bytes / (1 << 20), 17.0, 0.1);
+    EXPECT_NEAR(plan_model("DeepSeek-V4-Pro", "").kv_sequence_bytes / (1 << 20), 25.4, 0.1);
+    EXPECT_NEAR(plan_model("gpt-oss-20b", "").kv_sequence_bytes / (1 << 20), 3.0, 0.01);
+}
+
+// models.md 13.3.
+TEST(GpuPlan, VerdictsAreThoseOfTheDesign) {
+    const auto left = [](const char* model, const char* gpus) {  // GiB beside the weights
+        const PlanModel m = plan_model(model, "");
+        GpuPlanOptions options;
+        options.gpus = gpus;
+        options.adapter.kind = "none";
+        const GpuPlan plan = plan_gpus(m, options);
+        const double weights = (m.expert_bytes() + m.other_bytes()) / (1 << 30);
+        return plan.usable / (1 << 30) - weights / static_cast<double>(plan.set.count);
+    };
+    EXPECT_NEAR(left("DeepSeek-V4-Flash", "8xH100"), 61, 1);
+    EXPECT_NEAR(left("Kimi-K2.6", "8xH100"), 10, 1);
+    EXPECT_NEAR(left("Kimi-K2.6", "8xH200"), 71, 1);
+    EXPECT_NEAR(left("DeepSeek-R1", "8xH200"), 62, 1);
+    EXPECT_NEAR(left("DeepSeek-V4-Pro", "8xH200"), 41, 1);
+    EXPECT_NEAR(left("Kimi-K2-Instruct", "8xH200"), 20, 1);
+    EXPECT_NEAR(left("Qwen3-235B-A22B", "8xH100"), 25, 1);
+    EXPECT_LT(left("DeepSeek-V3", "8xH100"), 1.5);
+    EXPECT_LT(left("DeepSeek-V4-Pro", "8xH100"), 0);
+}
+
+// The estimate of several GPUs beside what the engine takes of one.
+TEST(GpuPlan, EstimateIsCloseToTheCountedActivations) {
+    for (const char* name : {"Qwen3-0.6B", "Qwen3-8B", "Llama-3.1-8B", "Qwen3-30B-A3B"}) {
+        GpuPlanOptions options;
+        options.adapter.kind = "none";
+        options.gpus = "H200";
+        PlanModel m = plan_model(name, "");
+        const auto sum = [&] {
+            double bytes = 0;
+            for (const auto& entry : plan_gpus(m, options).entries) {
+                const bool counted =
+                    entry.name.starts_with("activ") || entry.name.starts_with("work");
+                bytes += counted ? static_cast<double>(entry.bytes) : 0.0;
+            }
+            return bytes;
+        };
+        const double exact = sum();
+        m.runs = false;
+        EXPECT_NEAR(sum(), exact, 0.25 * exact) << name;
+    }
+}
+
+TEST(GpuPlan, ExpertsGoToHostMemoryWhenTheyDoNotFit) {
+    const PlanModel m = plan_model("DeepSeek-V4-Pro", "");
+    GpuPlanOptions options;
+    options.gpus = "2xH200";
+    options.adapter.targets = {"wq_b", "wo_b"};
+    const GpuPlan plan = plan_gpus(m, options);
+    EXPECT_FALSE(plan.fits());
+    EXPECT_GT(plan.host_layers, 30);
+    EXPECT_LE(plan.host_layers, m.expert_layers);
+    EXPECT_GT(plan.decode_slowdown, 2);
+    // The layers that leave make room enough, one fewer does not.
+    const double layer = m.expert_bytes() / static_cast<double>(m.expert_layers) / 2;
+    const auto layers = static_cast<double>(plan.host_layers);
+    EXPECT_LE(plan.total() - layers * layer, plan.usable);
+    EXPECT_GT(plan.total() - (layers - 1) * layer, plan.usable);
+    const std::string text = gpu_plan_text(m, options, plan);
+    EXPECT_NE(text.find("does not fit"), std::string::npos);
+    EXPECT_NE(text.find("Prediction"), std::string::npos);
+    EXPECT_NE(text.find("not built yet"), std::string::npos);
+    options.gpus = "8xB200";
+    EXPECT_TRUE(plan_gpus(m, options).fits());
+}
+
+TEST(GpuPlan, GpusAreUnderstood) {
+    EXPECT_EQ(parse_gpus("8xH200").count, 8);
+    EXPECT_STREQ(parse_gpus("8xH200").gpu.name, "H200");
+    EXPECT_EQ(parse_gpus("b200").count, 1);
+    EXPECT_STREQ(parse_gpus("4xA100").gpu.name, "A100-80GB");
+    EXPECT_STREQ(parse_gpus("2 x RTX 4090").gpu.name, "RTX4090");
+    EXPECT_STREQ(parse_gpus("RTX5090").gpu.name, "RTX5090");
+    for (const char* wrong : {"", "8x", "0xH100", "9999xH100", "x", "8xTPU", "-1xH100"}) {
+        EXPECT_NE(model_files::refusal([&] { parse_gpus(wrong); }), "") << wrong;
+    }
+}
+
+TEST(GpuPlan, ConfigAloneIsEnough) {
+    const model_files::Folder folder;
+    const std::string source = source_path("models/mini-qwen3-int4");
+    std::filesystem::copy(source + "/config.json", folder.path("config.json"));
+    const PlanModel config_only = plan_model(folder.path(), "");
+    const PlanModel whole = plan_model(source, "");
+    EXPECT_DOUBLE_EQ(config_only.other_bytes(), whole.other_bytes());
+    EXPECT_DOUBLE_EQ(config_only.params(), whole.params());
+    // The config of a published model that is planned only.
+    model_files::write_plain(
+        folder.path("config.json"),
+        R"({"model_type": "kimi_k25", "text_config": {"model_type": "kimi_k2",
+            "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 64,
+            "n_routed_experts": 384}})"
+    );
+    EXPECT_FALSE(plan_model(folder.path(), "").runs);
+    for (const char* text :
+         {R"({"model_type": "kimi_k25"})", "[]", "{", R"({"model_type": 3})", R"({})"}) {
+        model_files::write_plain(folder.path("config.json"), text);
+        EXPECT_NE(model_files::refusal([&] { plan_model(folder.path(), ""); }), "") << text;
+    }
+    EXPECT_NE(
+        model_files::refusal([] { plan_model("Qwen3-8", ""); }).find("Qwen3-8B"), std::string::npos
+    );
+    EXPECT_NE(model_files::refusal([] { plan_model("Qwen3-8B", "int3"); }), "");
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include "reward/options.h"
 #include "rollout/options.h"
 #include "run/bench.h"
+#include "run/gpu_plan.h"
 
 namespace orbit {
 
@@ -104,6 +105,13 @@ struct BenchArgs {
     DeviceArgs device;
 };
 
+struct PlanArgs {
+    std::string model;
+    std::string format;  // empty: as published
+    GpuPlanOptions options;
+};
+
+int run_plan(const PlanArgs& args);
 int run_bench(const BenchArgs& args);
 int run_train(const TrainArgs& args);
 int run_resume(const std::string& folder);

@@ -310,6 +310,65 @@ void add_bench(CLI::App& app, BenchArgs& args, Action& action) {
     });
 }
 
+void add_plan(CLI::App& app, PlanArgs& args, Action& action) {
+    CLI::App* command = add_command(
+        app,
+        "plan",
+        "What a model and its training take on each GPU, without loading anything",
+        "  orbit plan Kimi-K2.6 --gpus 8xH200\n"
+        "  orbit plan Qwen3-30B-A3B --format int4 --gpus 1xH100 --batch 256 --context 2048\n"
+        "  orbit plan models/my-model --gpus RTX4090 --adapter lora --rank 32 --targets all\n"
+        "A folder needs no more than its config.json. Exit status 1: it does not fit."
+    );
+    GpuPlanOptions& o = args.options;
+    std::string gpus;
+    for (const Gpu& gpu : known_gpus()) {
+        gpus += (gpus.empty() ? "" : ", ") + std::string(gpu.name);
+    }
+    std::string models;
+    for (const std::string& name : planned_models()) {
+        models += (models.empty() ? "" : ", ") + name;
+    }
+    command->add_option("MODEL", args.model, "Hugging Face folder, GGUF file, or one of: " + models)
+        ->required();
+    command->add_option("--gpus", o.gpus, "such as 8xH200; of " + gpus)->capture_default_str();
+    command->add_option("--batch", o.batch, "sequences that are decoded together")
+        ->capture_default_str()
+        ->check(CLI::Range(1, 1 << 20));
+    command->add_option("--context", o.context, "tokens of each, prompt and answer")
+        ->capture_default_str()
+        ->check(CLI::Range(2, 1 << 24));
+    command->add_option("--tokens", o.tokens, "tokens of a training batch")
+        ->capture_default_str()
+        ->check(CLI::Range(1, 1 << 28));
+    command->add_option("--adapter", o.adapter.kind, "oft, lora or none")
+        ->capture_default_str()
+        ->check(CLI::IsMember({"oft", "lora", "none"}));
+    command->add_option("--rank", o.adapter.rank, "of LoRA")
+        ->capture_default_str()
+        ->check(CLI::Range(1, 4096));
+    command->add_option("--block-size", o.adapter.block_size, "of OFT")
+        ->capture_default_str()
+        ->check(CLI::Range(2, 4096));
+    command
+        ->add_option(
+            "--targets",
+            o.adapter.targets,
+            "layers to adapt, such as q_proj,o_proj, or all; default: all, with experts attention"
+        )
+        ->delimiter(',');
+    command->add_option(
+        "--format",
+        args.format,
+        "bf16, int4, fp8, mxfp4 or nvfp4 for the routed experts, or for a dense model's layers; "
+        "default: as published"
+    );
+    command->add_option("--dequant-bytes", o.dequant_bytes, "moe.dequant_bytes")
+        ->capture_default_str()
+        ->check(CLI::NonNegativeNumber);
+    command->callback([&] { action = [&] { return run_plan(args); }; });
+}
+
 // The first word of the command line that is no command, when the commands do not have it.
 void check_command_name(const CLI::App& app, int argc, char** argv) {
     const std::string word = argc > 1 ? argv[1] : "";
@@ -352,6 +411,7 @@ int parse_and_run(int argc, char** argv) {
     QuantizeArgs quantize;
     std::string inspect;
     BenchArgs bench;
+    PlanArgs plan;
     add_train(app, train, action);
     add_resume(app, resume, action);
     add_eval(app, eval, action);
@@ -362,6 +422,7 @@ int parse_and_run(int argc, char** argv) {
     add_quantize(app, quantize, action);
     add_inspect(app, inspect, action);
     add_bench(app, bench, action);
+    add_plan(app, plan, action);
     app.add_subcommand("config-reference")->group("")->callback([&] {  // for ./run docs
         action = [] {
             fmt::print("{}", config_reference());

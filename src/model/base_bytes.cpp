@@ -48,13 +48,17 @@ int64_t base_bytes(const ModelConfig& config, const FormatOf& format_of) {
     return total;
 }
 
-int64_t base_bytes(const Checkpoint& checkpoint, const LoadOptions& options) {
-    return base_bytes(checkpoint.config, [&](const ExpectedWeight& weight) {
+FormatOf placed_formats(const Checkpoint& checkpoint, const LoadOptions& options) {
+    return [&checkpoint, options](const ExpectedWeight& weight) {
         const StoredWeight& stored = checkpoint.weights.at(weight.name);
         const WeightFormat format =
             staged_format(stored.format, weight.linear, checkpoint.is_gguf, options);
         return MatrixFormat{format, format == stored.format ? stored.group_size : 32};
-    });
+    };
+}
+
+int64_t base_bytes(const Checkpoint& checkpoint, const LoadOptions& options) {
+    return base_bytes(checkpoint.config, placed_formats(checkpoint, options));
 }
 
 std::vector<AdapterSite> adapter_sites(const ModelConfig& config) {

@@ -16,6 +16,9 @@ struct MatrixFormat {
 // The format in which a weight lies in memory; asked for matrices only, vectors are float32.
 using FormatOf = std::function<MatrixFormat(const ExpectedWeight&)>;
 
+// Those that the loader chooses; `checkpoint` must outlive the function.
+FormatOf placed_formats(const Checkpoint& checkpoint, const LoadOptions& options);
+
 // Weights and rope tables, as the loader places them: every piece starts on 256 bytes.
 int64_t base_bytes(const ModelConfig& config, const FormatOf& format_of);
 int64_t base_bytes(const Checkpoint& checkpoint, const LoadOptions& options);

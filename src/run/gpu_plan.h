@@ -1,0 +1,59 @@
+// orbit plan: what a model and its training take on each of several GPUs, by arithmetic alone.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "run/memory_plan.h"
+#include "run/plan_models.h"
+
+namespace orbit {
+
+struct Gpu {
+    const char* name;
+    double memory_mib;   // what the driver reports
+    double memory_rate;  // bytes/s, published
+    double host_rate;    // bytes/s from host memory, published one-way rate of the slot
+};
+
+const std::vector<Gpu>& known_gpus();
+
+struct GpuSet {
+    Gpu gpu;
+    int64_t count = 1;
+};
+
+// "8xH200", "H100", "2xA100-40GB". UserError names the nearest.
+GpuSet parse_gpus(const std::string& text);
+
+struct GpuPlanOptions {
+    std::string gpus = "1xH100";
+    int64_t batch = 64;      // sequences that are decoded together
+    int64_t context = 4096;  // tokens of each, prompt and answer
+    int64_t tokens = 8192;   // of a training batch
+    AdapterOptions adapter;
+    int64_t dequant_bytes = MoeOptions{}.dequant_bytes;
+};
+
+struct GpuPlan {
+    GpuSet set;
+    std::vector<LedgerEntry> entries;  // of one GPU
+    double usable = 0;
+    bool exact = false;           // counted as the engine takes it: one GPU, a family that runs
+    int64_t host_layers = 0;      // layers whose experts would have to be in host memory
+    double decode_slowdown = 1;   // predicted, then
+    double train_transfer_s = 0;  // seconds a training batch adds, then
+
+    double total() const;
+
+    bool fits() const { return total() <= usable; }
+};
+
+GpuPlan plan_gpus(const PlanModel& model, const GpuPlanOptions& options);
+
+// The table and the verdict, for people.
+std::string gpu_plan_text(
+    const PlanModel& model, const GpuPlanOptions& options, const GpuPlan& plan
+);
+
+}  // namespace orbit
