@@ -398,9 +398,7 @@ GpuPlan plan_gpus(const PlanModel& m, const GpuPlanOptions& o) {
         add_estimate(m, o, plan);
     }
     if (m.experts > 0) {
-        plan.entries.push_back(
-            {"dequantised experts (moe.dequant_bytes)", static_cast<size_t>(o.dequant_bytes)}
-        );
+        plan.entries.push_back({"room for decoded experts", static_cast<size_t>(o.dequant_bytes)});
     }
     add_host_memory(m, o, plan);
     return plan;
@@ -429,6 +427,9 @@ std::string gpu_plan_text(const PlanModel& m, const GpuPlanOptions& o, const Gpu
     }
     text += plan.exact ? "the lines below the base are counted as the engine takes them\n"
                        : "activations and workspace are estimates\n";
+    if (m.experts > 0) {
+        text += "room for decoded experts is moe.dequant_bytes; a GPU does not take it yet\n";
+    }
     if (!m.runs) {
         text += fmt::format("the family {} does not run yet; this is a plan only\n", m.family);
     }
