@@ -472,6 +472,38 @@ def test_plan(folder):
     expect_user_error(orbit("plan", "Qwen3-8B", "--gpus", "8xTPU"), "H200", "unknown GPU")
 
 
+def test_training_of_shared_experts(folder):
+    # Random weights: what is learnt does not matter, that some answers differ in their reward does.
+    common = [f"model={ROOT}/tests/models/tiny-qwen3-moe", "data.eval=", "rollout.max_tokens=24", "reward.name=regex",
+              "reward.pattern=[a-c]", "adapter.expert_sharing=shared", "adapter.block_size=16", "train.steps=4"]
+    for kind in ("lora", "oft"):
+        whole, run = folder / f"{kind}-whole", folder / kind
+        settings = [*common, f"adapter.kind={kind}"]
+        expect_ok(orbit(*train_args(whole, *settings)), f"train {kind}")
+        rows = json_lines(whole / "metrics.jsonl")
+        expect(all(row["grad_norm"] > 0 for row in rows), f"{kind}: gradients {[row['grad_norm'] for row in rows]}")
+        expect(all(row["routing/pairs"] > 0 and row["routing/mismatches"] == 0 for row in rows), "routing of both")
+        expect_ok(orbit(*train_args(run, *settings, "moe.replay_routing=true", "train.steps=2")), f"half of {kind}")
+        config = run / "config.toml"
+        config.write_text(config.read_text().replace("steps = 2", "steps = 4"))
+        (run / "summary.json").unlink()
+        expect_ok(orbit("resume", run), f"resume {kind}")
+        expect_same_run(whole, run, f"{kind}: resumed, and with replayed routing")
+        stacked = safetensors_bytes(run / "adapter/adapter_model.safetensors")
+        part = "lora_A" if kind == "lora" else "oft_R"
+        first = f"base_model.model.model.layers.1.mlp.experts.w1.{part}.weight"
+        expect(first in stacked, f"no {first} in {sorted(stacked)[:3]}")
+        expect_ok(orbit("inspect", run / "adapter"), "inspect")
+        texts = []
+        subprocess.run([sys.executable, ROOT / "tools/expand_experts.py", run / "adapter", folder / f"{kind}-each"],
+                       check=True, capture_output=True)
+        for adapter in (run / "adapter", folder / f"{kind}-each"):
+            result = orbit("generate", ROOT / "tests/models/tiny-qwen3-moe", "--adapter", adapter, "--prompt", "1 + 2",
+                           "--max-tokens", 40, "--temperature", 0)
+            texts.append(expect_ok(result, "generate").out)
+        expect_equal(texts[0], texts[1], f"{kind}: stacked and expert by expert")
+
+
 def test_tiny_models(_):
     # biases and an untied head; llama3 rope scaling and three heads; experts beside a dense layer
     for family in ("qwen2", "llama", "qwen3-moe"):

@@ -25,7 +25,8 @@ struct AdapterOptions {
     int32_t neumann_terms = 5;  // PEFT's num_cayley_neumann_terms
     int32_t rank = 16;          // LoRA
     float alpha = 32.0f;
-    bool rslora = false;  // alpha / sqrt(r)
+    bool rslora = false;                  // alpha / sqrt(r)
+    std::string expert_sharing = "none";  // "none", "shared"
     std::vector<std::string>
         targets;  // leaf names such as "q_proj"; empty: every linear layer of the model
 
@@ -47,6 +48,12 @@ struct AdapterOptions {
         field("rank", rank, "LoRA rank r");
         field("alpha", alpha, "LoRA scale: alpha / r");
         field("rslora", rslora, "LoRA: scale alpha / sqrt(r) instead");
+        field(
+            "expert_sharing",
+            expert_sharing,
+            "experts of a layer: none, or shared (LoRA: A of gate and up, B of down; OFT: one "
+            "rotation before gate and up)"
+        );
         field(
             "targets",
             targets,

@@ -54,15 +54,15 @@ void lora_derive(
         if (site.kind != AdapterKind::kLora) {
             continue;
         }
-        const int64_t num_a = site.rank * site.site.in;
-        const int64_t num_b = site.rank * site.site.out;
+        const int64_t num_a = site.owns_first ? site.rank * site.site.in : 0;
+        const int64_t num_b = site.owns_b ? site.rank * site.site.out : 0;
         char* a = copies + site.copy * dtype_bytes(compute);
         char* b = copies + site.copy_b * dtype_bytes(compute);
         work.threads.parallel_for(num_a, 1 << 15, [&](int64_t begin, int64_t end, int) {
             round_into(compute, masters + site.master, begin, end, a);
         });
         work.threads.parallel_for(num_b, 1 << 15, [&](int64_t begin, int64_t end, int) {
-            round_into(compute, masters + site.master + num_a, begin, end, b);
+            round_into(compute, masters + site.master_b, begin, end, b);
         });
     }
 }

@@ -9,6 +9,10 @@
 namespace orbit {
 namespace {
 
+bool owns_rotation(const SiteLayout& site) {
+    return site.kind == AdapterKind::kOft && site.owns_first;
+}
+
 // Calls body(site, row, work) for every row of v, split over the threads.
 void for_each_row(
     const HostWork& host,
@@ -19,7 +23,7 @@ void for_each_row(
     const auto range = [&](int64_t begin, int64_t end, int) {
         std::vector<float> work(static_cast<size_t>(workspace));
         for (const SiteLayout& site : job.sites) {
-            if (site.kind != AdapterKind::kOft) {
+            if (!owns_rotation(site)) {
                 continue;
             }
             const int64_t first = std::max<int64_t>(0, begin - site.first_row);
@@ -100,7 +104,7 @@ std::vector<OftBound> oft_bounds(const HostWork& work, const OftJob& job, const 
 
 void oft_check_bounds(const OftJob& job, const std::vector<OftBound>& bounds) {
     for (const SiteLayout& site : job.sites) {
-        for (int64_t row = 0; site.kind == AdapterKind::kOft && row < site.rows; ++row) {
+        for (int64_t row = 0; owns_rotation(site) && row < site.rows; ++row) {
             const OftBound& bound = bounds[static_cast<size_t>(site.first_row + row)];
             USER_CHECK(
                 std::isfinite(bound.norm) && std::isfinite(bound.theta),
@@ -127,7 +131,7 @@ void oft_check_bounds(const OftJob& job, const std::vector<OftBound>& bounds) {
 bool oft_project(const OftJob& job, double eps, float* masters) {
     bool moved = false;
     for (const SiteLayout& site : job.sites) {
-        for (int64_t row = 0; site.kind == AdapterKind::kOft && row < site.rows; ++row) {
+        for (int64_t row = 0; owns_rotation(site) && row < site.rows; ++row) {
             float* v = masters + site.master + row * oft_parameters(site.block);
             double sum = 0;
             for (int64_t i = 0; i < oft_parameters(site.block); ++i) {

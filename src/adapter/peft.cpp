@@ -6,8 +6,8 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "adapter/experts.h"
 #include "adapter/peft_config.h"
-#include "adapter/state.h"
 #include "base/file.h"
 #include "base/log.h"
 #include "base/safetensors.h"
@@ -90,14 +90,14 @@ std::string module_of(const StoredTensor& tensor, AdapterKind kind) {
 }
 
 std::vector<SiteTensors> assign_tensors(
-    const SafetensorsFile& file, const PeftConfig& config, const std::vector<AdapterSite>& sites
+    const AdapterTensors& tensors, const PeftConfig& config, const std::vector<AdapterSite>& sites
 ) {
     std::map<std::string, size_t> index;
     for (size_t i = 0; i < sites.size(); ++i) {
         index[sites[i].module] = i;
     }
     std::vector<SiteTensors> parts(sites.size());
-    for (const auto& [name, tensor] : file.tensors()) {
+    for (const auto& [name, tensor] : tensors) {
         const std::string module = module_of(tensor, config.kind);
         const auto found = index.find(module);
         if (found == index.end()) {
@@ -426,17 +426,28 @@ std::unique_ptr<AdapterStore> AdapterStore::load_peft(
         parse_peft_config(folder + kConfigName, read_file(folder + kConfigName));
     const SafetensorsFile file(folder + kWeightsName);
     USER_CHECK(!file.tensors().empty(), "{}{} holds no tensors.", folder, kWeightsName);
-    const std::vector<SiteTensors> parts = assign_tensors(file, config, sites);
+    std::string sharing;
+    const AdapterTensors tensors = split_stacked(file, sites, sharing);
+    const std::vector<SiteTensors> parts = assign_tensors(tensors, config, sites);
     std::vector<SiteLayout> layouts = layouts_of(config, sites, parts, folder + kWeightsName);
-    const AdapterOptions options = options_of(config, layouts);
+    AdapterOptions options = options_of(config, layouts);
+    options.expert_sharing = sharing;
     std::unique_ptr<AdapterStore> store(new AdapterStore(
         State::create(device, options, extras_of(config), std::move(layouts), compute, num_slots)
     ));
     State& state = *store->state_;
     state.origin = folder;
     std::vector<float> masters(static_cast<size_t>(state.num_parameters));
-    for (const NamedRange& range : state.tensors) {
-        read_floats(file.tensor(range.name), file_sign(options), masters.data() + range.offset);
+    for (size_t i = 0; i < state.sites.size(); ++i) {
+        const SiteLayout& site = state.sites[i];
+        const float sign = file_sign(options);
+        if (site.kind != AdapterKind::kNone && site.owns_first) {
+            const StoredTensor* first = parts[i].a != nullptr ? parts[i].a : parts[i].r;
+            read_floats(*first, sign, masters.data() + site.master);
+        }
+        if (site.kind == AdapterKind::kLora && site.owns_b) {
+            read_floats(*parts[i].b, sign, masters.data() + site.master_b);
+        }
     }
     Stream stream(device);
     copy_to_device(stream, state.masters, masters.data(), masters.size() * sizeof(float));
@@ -458,11 +469,19 @@ void AdapterStore::save_peft(
         }
     }
     std::vector<TensorToStore> tensors;
-    for (const NamedRange& range : state_->tensors) {
-        const auto count = static_cast<size_t>(range.shape[0] * range.shape[1]);
-        tensors.push_back(
-            {range.name, "F32", range.shape, masters.data() + range.offset, count * sizeof(float)}
-        );
+    std::vector<OwnedTensor> stacked;
+    if (state_->options.expert_sharing == "shared") {
+        stacked = stack_tensors(*state_, masters);
+        for (const OwnedTensor& tensor : stacked) {
+            const size_t bytes = tensor.values.size() * sizeof(float);
+            tensors.push_back({tensor.name, "F32", tensor.shape, tensor.values.data(), bytes});
+        }
+    } else {
+        for (const NamedRange& range : state_->tensors) {
+            const auto bytes = static_cast<size_t>(range.shape[0] * range.shape[1]) * sizeof(float);
+            tensors.push_back({range.name, "F32", range.shape, masters.data() + range.offset, bytes}
+            );
+        }
     }
     std::sort(tensors.begin(), tensors.end(), [](const auto& left, const auto& right) {
         return left.name < right.name;

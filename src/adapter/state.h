@@ -20,9 +20,12 @@ struct SiteLayout {
     int64_t block = 0;       // OFT: b
     int64_t num_blocks = 0;  // OFT: in / b
     int64_t rows = 0;        // OFT: rows of v; 1 when all blocks share one, else num_blocks
-    int64_t master = 0;      // LoRA: A, then B; OFT: v
+    int64_t master = 0;      // LoRA: A; OFT: v
+    int64_t master_b = 0;    // LoRA: B
     int64_t copy = 0;        // LoRA: A; OFT: D. The gradient of D has the same offset.
     int64_t copy_b = 0;      // LoRA: B
+    bool owns_first = true;  // A or v; false: it is that of an earlier expert, shared
+    bool owns_b = true;      // LoRA: B
     int64_t first_row = 0;   // OFT: rows of v in earlier sites
 };
 

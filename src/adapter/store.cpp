@@ -1,7 +1,8 @@
 #include <algorithm>
 #include <limits>
+#include <map>
 
-#include "adapter/state.h"
+#include "adapter/experts.h"
 
 namespace orbit {
 namespace {
@@ -75,6 +76,11 @@ void check_options(const AdapterOptions& options) {
         "adapter.rank = {} is too small; LoRA needs a rank of at least 1.",
         options.rank
     );
+    USER_CHECK(
+        options.expert_sharing == "none" || options.expert_sharing == "shared",
+        "adapter.expert_sharing = \"{}\" is unknown; it is none or shared.",
+        options.expert_sharing
+    );
 }
 
 SiteLayout fresh_layout(const AdapterOptions& options, AdapterSite site) {
@@ -145,6 +151,7 @@ std::vector<LedgerEntry> adapter_ledger(
 ) {
     const Device nowhere;
     AdapterStore::State state(nowhere);
+    state.options = options;
     state.lay_out(fresh_layouts(options, sites));
     const auto count = static_cast<size_t>(state.num_parameters);
     const auto copied = static_cast<size_t>(state.num_copied);
@@ -164,27 +171,76 @@ std::string peft_tensor_name(const std::string& module, const char* suffix) {
     return "base_model.model." + module + suffix;
 }
 
+namespace {
+
+// Where a part lies. `rows` and `cols` are those of its tensor.
+struct Place {
+    int64_t master;
+    int64_t copy;
+    int64_t rows;
+    int64_t cols;
+    int64_t first_row;
+};
+
+}  // namespace
+
 void AdapterStore::State::lay_out(std::vector<SiteLayout> all) {
+    check_expert_groups(options, all);
+    std::map<std::string, Place> shared_places;  // by tensor name
+    // A place of its own, or that of the expert that brought the shared part first.
+    const auto place = [&](const SiteLayout& site,
+                           const char* suffix,
+                           bool is_b,
+                           int64_t rows,
+                           int64_t cols,
+                           int64_t copied,
+                           bool& owned) {
+        const std::string shared = shared_module(options, site.site.module, is_b);
+        const std::string name =
+            peft_tensor_name(shared.empty() ? site.site.module : shared, suffix);
+        const auto found = shared_places.find(name);
+        owned = shared.empty() || found == shared_places.end();
+        if (!owned) {
+            CHECK(found->second.rows == rows && found->second.cols == cols, "(shared alike)");
+            return found->second;
+        }
+        const Place here{num_parameters, num_copied, rows, cols, num_oft_rows};
+        tensors.push_back({name, num_parameters, {rows, cols}});
+        num_parameters += rows * cols;
+        num_copied += aligned(copied);
+        if (!shared.empty()) {
+            shared_places.emplace(name, here);
+        }
+        return here;
+    };
     for (SiteLayout& site : all) {
-        site.master = num_parameters;
-        site.copy = num_copied;
-        const std::string& module = site.site.module;
-        const auto add = [&](const char* suffix, int64_t row_count, int64_t cols) {
-            tensors.push_back({peft_tensor_name(module, suffix), num_parameters, {row_count, cols}}
-            );
-            num_parameters += row_count * cols;
-        };
+        const int64_t in = site.site.in;
+        const int64_t out = site.site.out;
         if (site.kind == AdapterKind::kLora) {
-            add(".lora_A.weight", site.rank, site.site.in);
-            add(".lora_B.weight", site.site.out, site.rank);
-            site.copy_b = site.copy + aligned(site.rank * site.site.in);
-            num_copied = site.copy_b + aligned(site.rank * site.site.out);
+            const Place a = place(
+                site, ".lora_A.weight", false, site.rank, in, site.rank * in, site.owns_first
+            );
+            const Place b =
+                place(site, ".lora_B.weight", true, out, site.rank, site.rank * out, site.owns_b);
+            site.master = a.master;
+            site.copy = a.copy;
+            site.master_b = b.master;
+            site.copy_b = b.copy;
         } else if (site.kind == AdapterKind::kOft) {
-            add(".oft_R.weight", site.rows, oft_parameters(site.block));
-            site.first_row = num_oft_rows;
-            num_oft_rows += site.rows;
+            const Place r = place(
+                site,
+                ".oft_R.weight",
+                false,
+                site.rows,
+                oft_parameters(site.block),
+                site.num_blocks * site.block * site.block,
+                site.owns_first
+            );
+            site.master = r.master;
+            site.copy = r.copy;
+            site.first_row = r.first_row;
+            num_oft_rows += site.owns_first ? site.rows : 0;
             block_max = std::max(block_max, site.block);
-            num_copied += aligned(site.num_blocks * site.block * site.block);
         }
     }
     sites = std::move(all);
@@ -316,9 +372,11 @@ AdapterStore::AdapterStore(
     Stream stream(device);
     std::vector<float> a;
     for (const SiteLayout& site : state_->sites) {
-        if (site.kind == AdapterKind::kLora) {
+        if (site.kind == AdapterKind::kLora && site.owns_first) {
             a.resize(static_cast<size_t>(site.rank * site.site.in));
-            const std::string name = peft_tensor_name(site.site.module, ".lora_A.weight");
+            const std::string shared = shared_module(options, site.site.module, false);
+            const std::string name =
+                peft_tensor_name(shared.empty() ? site.site.module : shared, ".lora_A.weight");
             lora_init_a(a.data(), site.rank, site.site.in, name, seed);
             const size_t bytes = a.size() * sizeof(float);
             copy_to_device(stream, state_->masters + site.master, a.data(), bytes);
@@ -357,7 +415,7 @@ AdapterGrad AdapterStore::gradient(int32_t site_index) {
     AdapterGrad grad;
     if (site.kind == AdapterKind::kLora) {
         grad.lora_a = state_->gradients + site.master;
-        grad.lora_b = grad.lora_a + site.rank * site.site.in;
+        grad.lora_b = state_->gradients + site.master_b;
     } else if (site.kind == AdapterKind::kOft) {
         grad.oft_d = state_->delta_gradients + site.copy;
     }

@@ -465,6 +465,7 @@ void check_adapter(const RangeCheck& check, const AdapterOptions& o) {
     check.in("adapter.block_size", o.block_size, 2, 4096);
     check.in("adapter.neumann_terms", o.neumann_terms, 1, 64);
     check.in("adapter.rank", o.rank, 1, 4096);
+    check.one_of("adapter.expert_sharing", o.expert_sharing, {"none", "shared"});
     check.above_zero("adapter.alpha", static_cast<double>(o.alpha));
 }
 

@@ -230,10 +230,11 @@ void add_rows(
 
 // A random adapter, far enough from the identity that leaving it out would show.
 std::unique_ptr<AdapterStore> random_adapter(
-    Stream& stream, const Model& model, const std::string& kind
+    Stream& stream, const Model& model, const std::string& kind, const std::string& sharing
 ) {
     AdapterOptions options;
     options.kind = kind;
+    options.expert_sharing = sharing;
     for (const auto& site : model.sites) {  // the largest block up to 32 that divides every width
         while (kind == "oft" && site.in % options.block_size != 0) {
             options.block_size /= 2;
@@ -270,12 +271,21 @@ std::vector<ParityRow> parity_table(
         add_rows(rows, stream, model, *adapter, adapter_folder, texts, false);
         return rows;
     }
-    for (const char* kind : {"lora", "oft"}) {
-        const auto adapter = random_adapter(stream, model, kind);
-        if (rows.empty()) {
-            add_rows(rows, stream, model, *adapter, "none", texts, true);
+    const bool can_share = model.config.num_experts > 0 && stream.is_cpu();
+    for (const std::string sharing : {"none", "shared"}) {
+        for (const std::string kind : {"lora", "oft"}) {
+            if (sharing == "shared" && !can_share) {
+                continue;
+            }
+            const auto adapter = random_adapter(stream, model, kind, sharing);
+            if (rows.empty()) {
+                add_rows(rows, stream, model, *adapter, "none", texts, true);
+            }
+            const std::string name = sharing == "none" ? kind
+                                     : kind == "lora"  ? "lora outer"
+                                                       : "oft in";
+            add_rows(rows, stream, model, *adapter, name, texts, false);
         }
-        add_rows(rows, stream, model, *adapter, kind, texts, false);
     }
     return rows;
 }
