@@ -5,6 +5,7 @@
 
 #include "adapter/oft_kernels.h"
 #include "adapter/state.h"
+#include "ops/optimizer.h"
 
 namespace orbit {
 namespace {
@@ -83,6 +84,9 @@ void oft_finish_gradients(
                 }
             }
             delta = sum;
+        }
+        if (all_zero(delta, size)) {
+            return;  // an expert without tokens; the sum below would add zeros
         }
         float* dv = gradients + site.master + row * oft_parameters(site.block);
         const float* v = row_of(site, row, masters);

@@ -27,6 +27,9 @@ void adamw(
     int64_t count
 );
 
+// Whether all values are zero (of either sign). Host memory.
+bool all_zero(const float* values, int64_t count);
+
 // sqrt(sum g^2) in float64: partial sums of fixed tiles of 4096, added in ascending order. Not
 // finite if any g is not.
 double global_norm(Stream& stream, const float* g, int64_t count);

@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "ops/cuda_ops.h"
@@ -50,6 +52,21 @@ void adamw(
             (k, p + begin, m + begin, v + begin, g + begin, end - begin)
         );
     });
+}
+
+bool all_zero(const float* values, int64_t count) {
+    constexpr int64_t kStride = 256;  // between looks, so that the loop inside has no branch
+    for (int64_t begin = 0; begin < count; begin += kStride) {
+        const int64_t end = std::min(count, begin + kStride);
+        uint32_t bits = 0;
+        for (int64_t i = begin; i < end; ++i) {
+            bits |= std::bit_cast<uint32_t>(values[i]) << 1;
+        }
+        if (bits != 0) {
+            return false;
+        }
+    }
+    return true;
 }
 
 double global_norm(Stream& stream, const float* g, int64_t count) {

@@ -10,7 +10,6 @@
 #include "model/token_batch.h"
 #include "ops/embed.h"
 #include "ops/norm.h"
-#include "ops/optimizer.h"
 
 namespace orbit {
 namespace {
@@ -231,6 +230,57 @@ double Trainer::learning_rate(int64_t applied) const {
     return options_.lr;
 }
 
+// Tensors with a gradient, or with moments when that is not known yet, are awake from now on.
+void Trainer::wake() {
+    const auto& tensors = adapter_->tensors();
+    const bool look = awake_.empty();
+    awake_.resize(tensors.size(), false);
+    for (size_t t = 0; t < tensors.size(); ++t) {
+        const int64_t at = tensors[t].offset;
+        const int64_t count = tensors[t].shape[0] * tensors[t].shape[1];
+        if (!awake_[t]) {
+            awake_[t] = !all_zero(adapter_->gradients() + at, count) ||
+                        (look && !(all_zero(adapter_->moments_m() + at, count) &&
+                                   all_zero(adapter_->moments_v() + at, count)));
+        }
+    }
+}
+
+// AdamW on every run of tensors that are awake; returns their parameters.
+int64_t Trainer::update_awake(const AdamWParams& params) {
+    const auto step = [&](int64_t begin, int64_t end) {
+        adamw(
+            *stream_,
+            params,
+            adapter_->masters() + begin,
+            adapter_->moments_m() + begin,
+            adapter_->moments_v() + begin,
+            adapter_->gradients() + begin,
+            end - begin
+        );
+        return end - begin;
+    };
+    // Weight decay moves what sleeps; a GPU would have to be asked who does.
+    if (params.weight_decay != 0 || !stream_->is_cpu()) {
+        return step(0, adapter_->num_parameters());
+    }
+    wake();
+    const auto& tensors = adapter_->tensors();
+    int64_t updated = 0;
+    int64_t begin = -1;
+    for (size_t t = 0; t <= tensors.size(); ++t) {
+        const bool awake = t < tensors.size() && awake_[t];
+        if (awake && begin < 0) {
+            begin = tensors[t].offset;
+        } else if (!awake && begin >= 0) {
+            const bool last = t == tensors.size();
+            updated += step(begin, last ? adapter_->num_parameters() : tensors[t].offset);
+            begin = -1;
+        }
+    }
+    return updated;
+}
+
 Update Trainer::apply() {
     Stream& stream = *stream_;
     adapter_->finish_gradients(stream);
@@ -261,15 +311,7 @@ Update Trainer::apply() {
         params.weight_decay = options_.weight_decay;
         params.step = ++optimizer_step_;
         params.grad_scale = update.grad_scale;
-        adamw(
-            stream,
-            params,
-            adapter_->masters(),
-            adapter_->moments_m(),
-            adapter_->moments_v(),
-            adapter_->gradients(),
-            count
-        );
+        update.num_asleep = count - update_awake(params);
     }
     adapter_->zero_gradients(stream);
     return update;

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "model/forward.h"
+#include "ops/optimizer.h"
 #include "train/options.h"
 
 namespace orbit {
@@ -54,7 +55,8 @@ struct Update {
     double grad_norm = 0;
     double grad_scale = 1;  // < 1: clipped
     double lr = 0;
-    bool skipped = false;  // the gradient was not finite; nothing changed
+    bool skipped = false;    // the gradient was not finite; nothing changed
+    int64_t num_asleep = 0;  // parameters that AdamW left alone: see Trainer::apply
 };
 
 class Trainer {
@@ -74,17 +76,27 @@ class Trainer {
         std::span<const TrainSequence> batch, int slot, const CoefficientsFn& coefficients
     );
     // Clip, AdamW, zero the gradients. Three non-finite gradients in a row are a UserError.
+    // A tensor whose gradient and moments are all zero - that of an expert which no token has
+    // reached yet - is left alone, which is what AdamW without weight decay does to it, bit for
+    // bit. An expert that was reached once is updated in every step: its moments go on moving it.
     Update apply();
 
     AdapterStore& adapter() { return *adapter_; }
 
     int64_t optimizer_step() const { return optimizer_step_; }
 
-    void set_optimizer_step(int64_t step) { optimizer_step_ = step; }
+    // After moments were written from outside, too.
+    void set_optimizer_step(int64_t step) {
+        optimizer_step_ = step;
+        awake_.clear();
+    }
 
     double learning_rate(int64_t applied_steps) const;
 
   private:
+    void wake();
+    int64_t update_awake(const AdamWParams& params);
+
     Stream* stream_;
     const Model* model_;
     AdapterStore* adapter_;
@@ -93,6 +105,8 @@ class Trainer {
     bool replay_routing_;
     int64_t optimizer_step_ = 0;  // applied steps
     int skipped_in_a_row_ = 0;
+    // By tensor of the adapter: false while its moments are known to be zero. Empty: not known.
+    std::vector<bool> awake_;
 };
 
 }  // namespace orbit
