@@ -165,6 +165,18 @@ TEST_P(ExpertAdapterTest, SharedPartsAreCountedOnce) {
         EXPECT_NE(view(moe.down, 0).lora_a.data, view(moe.down, 7).lora_a.data);
         EXPECT_EQ(view(moe.down, 0).lora_b.data, view(moe.down, 7).lora_b.data);
     }
+    // What experts do not share lies at one distance from expert to expert: the GPU relies on it.
+    for (const ExpertWeights* w : {&moe.gate, &moe.up, &moe.down}) {
+        for (Tensor AdapterView::*part :
+             {&AdapterView::lora_a, &AdapterView::lora_b, &AdapterView::oft_d}) {
+            const auto address = [&](size_t e) {
+                return reinterpret_cast<intptr_t>((view(*w, e).*part).data);
+            };
+            for (size_t e = 2; e < kExperts; ++e) {
+                EXPECT_EQ(address(e) - address(e - 1), address(1) - address(0));
+            }
+        }
+    }
     shared->unpin(last);
 }
 

@@ -184,63 +184,58 @@ struct Place {
 
 }  // namespace
 
+// Shared parts come first: the parts of a layer's experts then lie at one distance from each other,
+// as the kernels of a GPU want them.
 void AdapterStore::State::lay_out(std::vector<SiteLayout> all) {
     check_expert_groups(options, all);
     std::map<std::string, Place> shared_places;  // by tensor name
-    // A place of its own, or that of the expert that brought the shared part first.
-    const auto place = [&](const SiteLayout& site,
+    bool shared_pass = false;
+    // A place of its own, or that of the expert that brought the shared part.
+    const auto place = [&](SiteLayout& site,
                            const char* suffix,
                            bool is_b,
                            int64_t rows,
                            int64_t cols,
-                           int64_t copied,
-                           bool& owned) {
+                           int64_t copied) {
         const std::string shared = shared_module(options, site.site.module, is_b);
+        if (shared.empty() == shared_pass) {
+            return;
+        }
         const std::string name =
             peft_tensor_name(shared.empty() ? site.site.module : shared, suffix);
+        Place here{num_parameters, num_copied, rows, cols, num_oft_rows};
         const auto found = shared_places.find(name);
-        owned = shared.empty() || found == shared_places.end();
-        if (!owned) {
-            CHECK(found->second.rows == rows && found->second.cols == cols, "(shared alike)");
-            return found->second;
+        const bool owned = found == shared_places.end();
+        if (owned) {
+            tensors.push_back({name, num_parameters, {rows, cols}});
+            num_parameters += rows * cols;
+            num_copied += aligned(copied);
+            num_oft_rows += site.kind == AdapterKind::kOft ? rows : 0;
+        } else {
+            here = found->second;
+            CHECK(here.rows == rows && here.cols == cols, "(shared alike)");
         }
-        const Place here{num_parameters, num_copied, rows, cols, num_oft_rows};
-        tensors.push_back({name, num_parameters, {rows, cols}});
-        num_parameters += rows * cols;
-        num_copied += aligned(copied);
-        if (!shared.empty()) {
+        if (shared_pass && owned) {
             shared_places.emplace(name, here);
         }
-        return here;
+        (is_b ? site.owns_b : site.owns_first) = owned;
+        (is_b ? site.master_b : site.master) = here.master;
+        (is_b ? site.copy_b : site.copy) = here.copy;
+        site.first_row = is_b ? site.first_row : here.first_row;
     };
-    for (SiteLayout& site : all) {
-        const int64_t in = site.site.in;
-        const int64_t out = site.site.out;
-        if (site.kind == AdapterKind::kLora) {
-            const Place a = place(
-                site, ".lora_A.weight", false, site.rank, in, site.rank * in, site.owns_first
-            );
-            const Place b =
-                place(site, ".lora_B.weight", true, out, site.rank, site.rank * out, site.owns_b);
-            site.master = a.master;
-            site.copy = a.copy;
-            site.master_b = b.master;
-            site.copy_b = b.copy;
-        } else if (site.kind == AdapterKind::kOft) {
-            const Place r = place(
-                site,
-                ".oft_R.weight",
-                false,
-                site.rows,
-                oft_parameters(site.block),
-                site.num_blocks * site.block * site.block,
-                site.owns_first
-            );
-            site.master = r.master;
-            site.copy = r.copy;
-            site.first_row = r.first_row;
-            num_oft_rows += site.owns_first ? site.rows : 0;
-            block_max = std::max(block_max, site.block);
+    for (const bool now : {true, false}) {
+        shared_pass = now;
+        for (SiteLayout& site : all) {
+            const int64_t in = site.site.in;
+            const int64_t out = site.site.out;
+            if (site.kind == AdapterKind::kLora) {
+                place(site, ".lora_A.weight", false, site.rank, in, site.rank * in);
+                place(site, ".lora_B.weight", true, out, site.rank, site.rank * out);
+            } else if (site.kind == AdapterKind::kOft) {
+                const int64_t copied = site.num_blocks * site.block * site.block;
+                place(site, ".oft_R.weight", false, site.rows, oft_parameters(site.block), copied);
+                block_max = std::max(block_max, site.block);
+            }
         }
     }
     sites = std::move(all);
