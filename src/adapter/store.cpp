@@ -3,6 +3,7 @@
 #include <map>
 
 #include "adapter/experts.h"
+#include "ops/optimizer.h"
 
 namespace orbit {
 namespace {
@@ -309,7 +310,27 @@ void project_masters(Stream& stream, AdapterStore::State& state) {
     }
 }
 
+// Where each LoRA tensor stands among the masters and in a slot.
+std::vector<RoundRange> lora_ranges(const std::vector<SiteLayout>& sites) {
+    std::vector<RoundRange> ranges;
+    for (const SiteLayout& site : sites) {
+        if (site.kind == AdapterKind::kLora) {
+            const int64_t num_a = site.owns_first ? site.rank * site.site.in : 0;
+            const int64_t num_b = site.owns_b ? site.rank * site.site.out : 0;
+            ranges.push_back({site.master, site.copy, num_a});
+            ranges.push_back({site.master_b, site.copy_b, num_b});
+        }
+    }
+    return ranges;
+}
+
 void derive_copies(Stream& stream, const AdapterStore::State& state, char* copies) {
+    if (!stream.is_cpu() && state.num_oft_rows == 0) {
+        CHECK(state.compute == DType::kBF16);
+        return cuda::round_ranges(
+            stream, lora_ranges(state.sites), state.masters, reinterpret_cast<bf16*>(copies)
+        );
+    }
     std::vector<float> staging;
     const float* masters = masters_on_host(stream, state, staging);
     std::vector<char> host_copies;

@@ -53,30 +53,56 @@ Tensor Pass::rms_norm(Tensor x, const float* weight) {
     return y;
 }
 
-Tensor Pass::linear(Tensor x, const LinearWeights& weights, Tensor residual, Tensor out) {
-    const Tensor y = out.defined() ? out : scratch_like(*this, x.rows(), weights.w.rows);
+LinearParams Pass::linear_params(Tensor x, const LinearWeights& weights) const {
     LinearParams p;
     p.x = x;
     p.w = weights.w;
     p.bias = weights.bias;
-    p.residual = residual;
     if (adapter != nullptr && slot != kNoAdapter) {
         p.adapter = adapter->view(slot, weights.site);
     }
-    orbit::linear(stream, p, y);
-    if (tape != nullptr) {
-        tape->record([this, p, y, site = weights.site](Tape& t) {
-            const Tensor dy = t.of_output(y);
-            const auto dx = t.of_input(p.x);
-            const AdapterGrad grad =
-                p.adapter.kind == AdapterKind::kNone ? AdapterGrad{} : adapter->gradient(site);
-            linear_backward(stream, p, dy, dx.grad, dx.accumulate, grad);
-            if (p.residual.defined()) {
-                t.alias(p.residual, dy);  // d residual = dy, and dy is not needed any more
-            }
-        });
+    return p;
+}
+
+void Pass::record_linear(const LinearParams& p, int32_t site, Tensor y) {
+    if (tape == nullptr) {
+        return;
     }
+    tape->record([this, p, y, site](Tape& t) {
+        const Tensor dy = t.of_output(y);
+        const auto dx = t.of_input(p.x);
+        const AdapterGrad grad =
+            p.adapter.kind == AdapterKind::kNone ? AdapterGrad{} : adapter->gradient(site);
+        linear_backward(stream, p, dy, dx.grad, dx.accumulate, grad);
+        if (p.residual.defined()) {
+            t.alias(p.residual, dy);  // d residual = dy, and dy is not needed any more
+        }
+    });
+}
+
+Tensor Pass::linear(Tensor x, const LinearWeights& weights, Tensor residual, Tensor out) {
+    const Tensor y = out.defined() ? out : scratch_like(*this, x.rows(), weights.w.rows);
+    LinearParams p = linear_params(x, weights);
+    p.residual = residual;
+    orbit::linear(stream, p, y);
+    record_linear(p, weights.site, y);
     return y;
+}
+
+std::vector<Tensor> Pass::linears(Tensor x, std::initializer_list<const LinearWeights*> weights) {
+    std::vector<LinearParams> params;
+    std::vector<Tensor> outputs;
+    for (const LinearWeights* w : weights) {
+        params.push_back(linear_params(x, *w));
+        outputs.push_back(scratch_like(*this, x.rows(), w->w.rows));
+    }
+    linear_group(stream, params, outputs);
+    size_t i = 0;
+    for (const LinearWeights* w : weights) {
+        record_linear(params[i], w->site, outputs[i]);
+        ++i;
+    }
+    return outputs;
 }
 
 Tensor Pass::norm_rope(Tensor x, const float* norm_weight) {

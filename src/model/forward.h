@@ -34,6 +34,8 @@ struct Pass {
     // Recorded ops. `out`: where to write; undefined: new scratch memory.
     Tensor rms_norm(Tensor x, const float* weight);
     Tensor linear(Tensor x, const LinearWeights& weights, Tensor residual = {}, Tensor out = {});
+    // Several layers of one input.
+    std::vector<Tensor> linears(Tensor x, std::initializer_list<const LinearWeights*> weights);
     Tensor norm_rope(Tensor x, const float* norm_weight);  // x: [T, heads, head_dim]
     Tensor attention(Tensor q, Tensor k, Tensor v, KvView pages);
     Tensor swiglu(Tensor gate, Tensor up);
@@ -42,6 +44,9 @@ struct Pass {
     Tensor dispatch(const Routing& routing, Tensor x);
     Tensor grouped_linear(const Routing& routing, Tensor x, const ExpertWeights& weights);
     Tensor combine(const Routing& routing, Tensor x, Tensor residual, Tensor out);
+
+    LinearParams linear_params(Tensor x, const LinearWeights& weights) const;
+    void record_linear(const LinearParams& p, int32_t site, Tensor y);
 };
 
 // x after layer `index`; written to `out` ([T, width]).

@@ -15,6 +15,8 @@ __device__ __forceinline__ int64_t group_index() {
 
 __global__ void __launch_bounds__(kThreads)
     swiglu_kernel(const bf16* gate, const bf16* up, bf16* y, int64_t count) {
+    release_successor();
+    wait_for_predecessor();
     const int64_t i = group_index();
     if (8 * i >= count) {
         return;
@@ -80,10 +82,17 @@ void swiglu(Stream& stream, Tensor gate, Tensor up, Tensor y) {
     if (count == 0) {
         return;
     }
-    swiglu_kernel<<<blocks_for(count), kThreads, 0, queue_of(stream)>>>(
-        activations(gate), activations(up), activations(y), count
+    launch_early(
+        swiglu_kernel,
+        dim3(blocks_for(count)),
+        kThreads,
+        0,
+        queue_of(stream),
+        activations(gate),
+        activations(up),
+        activations(y),
+        count
     );
-    LAUNCH_CHECK();
 }
 
 void swiglu_backward(Stream& stream, Tensor gate, Tensor up, Tensor dy, Tensor dgate, Tensor dup) {

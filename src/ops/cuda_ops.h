@@ -39,7 +39,7 @@ void attention_backward(
 void swiglu(Stream& stream, Tensor gate, Tensor up, Tensor y);
 void swiglu_backward(Stream& stream, Tensor gate, Tensor up, Tensor dy, Tensor dgate, Tensor dup);
 void add(Stream& stream, Tensor a, Tensor b, Tensor y);
-void linear(Stream& stream, const LinearParams& p, Tensor y);
+void linear_group(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y);
 void linear_backward(
     Stream& stream,
     const LinearParams& p,

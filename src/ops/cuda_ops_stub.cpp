@@ -61,7 +61,11 @@ void add(Stream&, Tensor, Tensor, Tensor) {
     no_cuda();
 }
 
-void linear(Stream&, const LinearParams&, Tensor) {
+void round_ranges(Stream&, std::span<const RoundRange>, const float*, bf16*) {
+    no_cuda();
+}
+
+void linear_group(Stream&, std::span<const LinearParams>, std::span<const Tensor>) {
     no_cuda();
 }
 

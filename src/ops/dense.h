@@ -11,6 +11,8 @@
 // order written.
 #pragma once
 
+#include <span>
+
 #include "device/device.h"
 #include "quant/quantized_matrix.h"
 
@@ -46,6 +48,10 @@ struct LinearParams {
 void linear(
     Stream& stream, const LinearParams& p, Tensor y
 );  // y: [T, out]; may be the residual's memory
+
+// linear() of several layers on as many rows each (q, k and v; gate and up): the same bits, in
+// fewer launches on a GPU. y[i] is no other one's input.
+void linear_group(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y);
 
 // dx (+)= dy through base and adapter; adapter gradients are added to `grad` in token order (null
 // members: skipped). dx undefined: only the adapter gradients. The residual's gradient is dy itself

@@ -264,7 +264,7 @@ void rotation_backward(
 
 void linear(Stream& stream, const LinearParams& p, Tensor y) {
     if (!stream.is_cpu()) {
-        return cuda::linear(stream, p, y);
+        return cuda::linear_group(stream, std::span(&p, 1), std::span(&y, 1));
     }
     check_linear(p, y);
     const ScratchScope scope(stream.scratch);
@@ -277,6 +277,16 @@ void linear(Stream& stream, const LinearParams& p, Tensor y) {
     m.bias = p.bias;
     m.residual = p.residual.data;
     run_matmul(stream, m);
+}
+
+void linear_group(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y) {
+    CHECK_EQ(params.size(), y.size());
+    if (!stream.is_cpu()) {
+        return cuda::linear_group(stream, params, y);
+    }
+    for (size_t i = 0; i < params.size(); ++i) {
+        linear(stream, params[i], y[i]);
+    }
 }
 
 void linear_backward(

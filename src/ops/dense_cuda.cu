@@ -59,9 +59,13 @@ MatmulArgs backward_args(const Tensor& x, const QuantizedMatrix& w, const Tensor
     return a;
 }
 
-// u = round(x A^T), [rows, padded rank], zero past the rank.
+// For u = round(x A^T), [rows, padded rank], zero past the rank.
+Tensor take_shrunk(Stream& stream, const Tensor& x, const Tensor& lora_a) {
+    return stream.scratch.take(DType::kBF16, {x.rows(), padded_rank(lora_a.shape[0])});
+}
+
 Tensor shrink(Stream& stream, const Tensor& x, const Tensor& lora_a) {
-    const Tensor u = stream.scratch.take(DType::kBF16, {x.rows(), padded_rank(lora_a.shape[0])});
+    const Tensor u = take_shrunk(stream, x, lora_a);
     matmul(
         queue_of(stream),
         WeightFormat::kBF16,
@@ -84,6 +88,27 @@ Tensor rotated(Stream& stream, const Tensor& x, const Tensor& oft_d) {
     CHECK_EQ(args.block * oft_d.shape[0], x.cols());
     rotate(queue_of(stream), args, false);
     return xr;
+}
+
+// Rows [begin, begin + count) of a packed weight.
+WeightView rows_of_weight(WeightView w, int64_t begin, int64_t count) {
+    w.data += begin * w.row_bytes;
+    w.scales = w.scales == nullptr ? nullptr : w.scales + begin * w.scale_stride;
+    w.rows = static_cast<int32_t>(count);
+    return w;
+}
+
+__global__ void __launch_bounds__(256)
+    add_parts_kernel(const float* parts, int32_t count, int64_t size, bf16* y) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+    if (i >= size) {
+        return;
+    }
+    float sum = parts[i];
+    for (int32_t part = 1; part < count; ++part) {
+        sum = __fadd_rn(sum, parts[part * size + i]);
+    }
+    y[i] = round_bf16(sum);
 }
 
 void check_supported(WeightFormat format) {
@@ -245,30 +270,51 @@ void matmul(cudaStream_t queue, WeightFormat format, Direction direction, const 
     matmul_group(queue, format, direction, group);
 }
 
-void linear(Stream& stream, const LinearParams& p, Tensor y) {
-    if (y.rows() == 0) {
+void linear_group(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y) {
+    CHECK_LE(params.size(), size_t{kMaxGroup});
+    if (y[0].rows() == 0) {
         return;
     }
     const ScratchScope scope(stream.scratch);
-    Tensor x = p.x;
-    if (p.adapter.kind == AdapterKind::kOft) {
-        x = rotated(stream, p.x, p.adapter.oft_d);
+    MatmulGroup shrinks;
+    MatmulArgs products[kMaxGroup];
+    for (size_t i = 0; i < params.size(); ++i) {
+        const LinearParams& p = params[i];
+        const bool rotates = p.adapter.kind == AdapterKind::kOft;
+        const Tensor x = rotates ? rotated(stream, p.x, p.adapter.oft_d) : p.x;
+        MatmulArgs& a = products[i];
+        a = forward_args(x, p.w, y[i]);
+        CHECK_EQ(static_cast<int64_t>(a.n), y[i].cols());
+        a.epilogue.bias = p.bias;
+        if (p.residual.defined()) {
+            a.epilogue.residual = activations(p.residual);
+        }
+        if (p.adapter.kind == AdapterKind::kLora) {
+            const Tensor u = take_shrunk(stream, p.x, p.adapter.lora_a);
+            shrinks.args[shrinks.count++] = forward_args(p.x, as_weight(p.adapter.lora_a), u);
+            a.epilogue.lora_u = activations(u);
+            a.epilogue.lora_b = activations(p.adapter.lora_b);
+            a.epilogue.ldu = static_cast<int32_t>(u.cols());
+            a.epilogue.rank = static_cast<int32_t>(p.adapter.lora_a.shape[0]);
+            a.epilogue.lora_scale = p.adapter.lora_scale;
+        }
     }
-    MatmulArgs a = forward_args(x, p.w, y);
-    CHECK_EQ(static_cast<int64_t>(a.n), y.cols());
-    a.epilogue.bias = p.bias;
-    if (p.residual.defined()) {
-        a.epilogue.residual = activations(p.residual);
+    if (shrinks.count > 0) {
+        matmul_group(queue_of(stream), WeightFormat::kBF16, Direction::kForward, shrinks);
     }
-    if (p.adapter.kind == AdapterKind::kLora) {
-        const Tensor u = shrink(stream, p.x, p.adapter.lora_a);
-        a.epilogue.lora_u = activations(u);
-        a.epilogue.lora_b = activations(p.adapter.lora_b);
-        a.epilogue.ldu = static_cast<int32_t>(u.cols());
-        a.epilogue.rank = static_cast<int32_t>(p.adapter.lora_a.shape[0]);
-        a.epilogue.lora_scale = p.adapter.lora_scale;
+    bool done[kMaxGroup] = {};
+    for (size_t i = 0; i < params.size(); ++i) {
+        MatmulGroup alike;
+        for (size_t j = i; j < params.size(); ++j) {
+            if (!done[j] && params[j].w.format == params[i].w.format) {
+                done[j] = true;
+                alike.args[alike.count++] = products[j];
+            }
+        }
+        if (alike.count > 0) {
+            matmul_group(queue_of(stream), params[i].w.format, Direction::kForward, alike);
+        }
     }
-    matmul(queue_of(stream), p.w.format, Direction::kForward, a);
 }
 
 void linear_backward(
@@ -301,8 +347,33 @@ void linear_f32_out(Stream& stream, Tensor h, const QuantizedMatrix& w, Tensor l
     }
 }
 
+// The contraction runs over the vocabulary and a chunk has few rows, so there are few tiles: parts
+// of the contraction are multiplied side by side and then added in ascending order.
 void head_backward(Stream& stream, Tensor dlogits, const QuantizedMatrix& w, Tensor dh) {
-    matmul(queue_of(stream), w.format, Direction::kBackward, backward_args(dlogits, w, dh));
+    const MatmulArgs whole = backward_args(dlogits, w, dh);
+    const int64_t part = ceil_div(ceil_div(whole.k, kMaxGroup), whole.segment) * whole.segment;
+    const int64_t count = ceil_div(whole.k, part);
+    if (count == 1) {
+        return matmul(queue_of(stream), w.format, Direction::kBackward, whole);
+    }
+    const ScratchScope scope(stream.scratch);
+    const Tensor sums = stream.scratch.take(DType::kF32, {count, dh.rows(), dh.cols()});
+    MatmulGroup group;
+    for (int64_t i = 0; i < count; ++i) {
+        MatmulArgs a = whole;
+        const int64_t begin = i * part;
+        a.x += begin;
+        a.w = rows_of_weight(whole.w, begin, std::min(part, whole.k - begin));
+        a.k = a.w.rows;
+        a.epilogue.y = sums.as<float>() + i * dh.numel();
+        a.epilogue.f32_out = true;
+        group.args[group.count++] = a;
+    }
+    matmul_group(queue_of(stream), w.format, Direction::kBackward, group);
+    add_parts_kernel<<<grid_dim(ceil_div(dh.numel(), 256)), 256, 0, queue_of(stream)>>>(
+        sums.as<float>(), static_cast<int32_t>(count), dh.numel(), activations(dh)
+    );
+    LAUNCH_CHECK();
 }
 
 }  // namespace orbit::cuda

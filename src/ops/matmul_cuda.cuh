@@ -39,8 +39,8 @@ struct MatmulArgs {
     Epilogue epilogue;
 };
 
-// Up to four products of one launch (q, k and v; gate and up), of one format and one m.
-constexpr int kMaxGroup = 4;
+// Products of one launch (q, k and v; gate and up; parts of one contraction), of one format and m.
+constexpr int kMaxGroup = 8;
 
 struct MatmulGroup {
     MatmulArgs args[kMaxGroup];

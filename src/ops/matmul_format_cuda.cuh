@@ -90,6 +90,14 @@ inline int64_t count_blocks(const MatmulGroup& group, int64_t tile_m, int64_t ti
     return blocks;
 }
 
+inline int32_t widest(const MatmulGroup& group) {
+    int32_t columns = 0;
+    for (int32_t i = 0; i < group.count; ++i) {
+        columns = std::max(columns, group.args[i].epilogue.columns);
+    }
+    return columns;
+}
+
 // Few rows, few columns: small tiles, and a team for each segment when all products have as many.
 template <WeightFormat kFormat, bool kSegmented>
 void launch_small_tile(cudaStream_t queue, MatmulGroup& group) {
@@ -98,7 +106,7 @@ void launch_small_tile(cudaStream_t queue, MatmulGroup& group) {
     for (int32_t i = 0; i < group.count; ++i) {
         same = same && num_segments(group.args[i].k, group.args[i].segment) == teams;
     }
-    const bool tiny = count_blocks(group, 64, 32) < 66;
+    const bool tiny = widest(group) <= TinyTile::kN || count_blocks(group, 64, 32) < 66;
     if (same && teams == 2) {
         if (tiny) {
             launch_tile<TinyTile, kFormat, false, false, 2>(queue, group);
@@ -106,7 +114,11 @@ void launch_small_tile(cudaStream_t queue, MatmulGroup& group) {
             launch_tile<NarrowTile, kFormat, false, false, 2>(queue, group);
         }
     } else if (same && teams == 4) {
-        launch_tile<TinyTile, kFormat, false, false, 4>(queue, group);
+        if (tiny) {
+            launch_tile<TinyTile, kFormat, false, false, 4>(queue, group);
+        } else {
+            launch_tile<NarrowTile, kFormat, false, false, 4>(queue, group);
+        }
     } else if (tiny) {
         launch_tile<TinyTile, kFormat, false, kSegmented>(queue, group);
     } else {
@@ -117,17 +129,31 @@ void launch_small_tile(cudaStream_t queue, MatmulGroup& group) {
 template <WeightFormat kFormat, bool kBackward, bool kSegmented>
 void launch_best_tile(cudaStream_t queue, MatmulGroup& group) {
     constexpr int64_t kEnoughBlocks = 100;  // of about 132 multiprocessors
-    if (group.args[0].m > 64 && count_blocks(group, 128, 128) >= kEnoughBlocks) {
+    constexpr int64_t kEnoughWide = 64;     // large tiles pay earlier
+    // LoRA's narrow side: reading x is all the work.
+    const bool narrow = widest(group) <= TinyTile::kN;
+    if constexpr (kBackward && kFormat == WeightFormat::kBF16) {
+        if (narrow) {
+            return launch_tile<TinyBackwardTile, kFormat, true, kSegmented>(queue, group);
+        }
+    }
+    if (!narrow && group.args[0].m > 64 && count_blocks(group, 128, 128) >= kEnoughWide) {
         if (has_wgmma()) {
             launch_wgmma<kFormat, kBackward, kSegmented>(queue, group);
         } else {
             launch_tile<WideTile, kFormat, kBackward, kSegmented>(queue, group);
         }
-    } else if (kBackward || count_blocks(group, 64, 64) >= kEnoughBlocks) {
-        launch_tile<MediumTile, kFormat, kBackward, kSegmented>(queue, group);
-    } else if constexpr (!kBackward) {
-        launch_small_tile<kFormat, kSegmented>(queue, group);
+        return;
     }
+    if constexpr (!kBackward) {
+        if (!narrow && count_blocks(group, 64, 128) >= kEnoughBlocks) {
+            return launch_tile<BroadTile, kFormat, false, kSegmented>(queue, group);
+        }
+        if (narrow || count_blocks(group, 64, 64) < kEnoughBlocks) {
+            return launch_small_tile<kFormat, kSegmented>(queue, group);
+        }
+    }
+    launch_tile<MediumTile, kFormat, kBackward, kSegmented>(queue, group);
 }
 
 // All members give the same bits; which one runs is a matter of speed and alignment only.

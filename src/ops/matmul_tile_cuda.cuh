@@ -1,17 +1,25 @@
 // Member P/B: output tiles of kM x kN, contraction in steps of 64, x (and bf16 weights) through a
-// cp.async ring, packed weights fetched into registers one step ahead and decoded into the ring.
+// cp.async ring, packed weights fetched into registers some steps ahead and decoded into the ring.
 // Backward reads the same packed tile with the roles of rows and columns exchanged
 // (ldmatrix.trans).
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "device/cuda/check.cuh"
 #include "ops/matmul_cuda.cuh"
 
 namespace orbit::cuda {
 
-template <int kTileM, int kTileN, int kWarpsAlongM, int kWarpsAlongN, int kRing>
+// kWeightColumns: at least 64 for backward, whose weight rows are 64 columns wide.
+template <
+    int kTileM,
+    int kTileN,
+    int kWarpsAlongM,
+    int kWarpsAlongN,
+    int kRing,
+    int kWeightColumns = kTileN>
 struct TileShape {
     static constexpr int kM = kTileM;
     static constexpr int kN = kTileN;
@@ -24,7 +32,7 @@ struct TileShape {
     static constexpr int kFragM = kWarpRows / 16;
     static constexpr int kFragN = kWarpCols / 8;
     static constexpr int kBytesX = kM * kTileK * 2;
-    static constexpr int kBytesW = kN * kTileK * 2;
+    static constexpr int kBytesW = kWeightColumns * kTileK * 2;
     static constexpr int kStageBytes = kBytesX + kBytesW;
     static constexpr int kSharedBytes = kStages * kStageBytes;
     // The output tile in fp32, on its way to memory; rows padded against bank conflicts.
@@ -143,15 +151,17 @@ struct TileBF16 {
     }
 };
 
-// The tile of a packed weight: a thread moves units of 32 columns through registers.
-template <typename Shape, WeightFormat kFormat, bool kBackward>
+// The tile of a packed weight: a thread moves units of 32 columns through registers, which hold
+// kDepth steps so that the memory's latency is not paid in every step. Step s uses slot s % kDepth.
+template <typename Shape, WeightFormat kFormat, bool kBackward, int kSteps>
 struct TilePacked {
+    static constexpr int kDepth = RawUnit<kFormat>::kWords > 5 ? 2 : kSteps;
     static constexpr int kRowUnits = kBackward ? Shape::kN / 32 : 2;
     static constexpr int kUnits = Shape::kN * 2;
     static constexpr int kPerThread = (kUnits + Shape::kThreads - 1) / Shape::kThreads;
     static constexpr int kRowStep = Shape::kThreads / kRowUnits;
     static constexpr int kBlock = BlockBytes<kFormat>::value;
-    RawUnit<kFormat> raw[kPerThread];
+    RawUnit<kFormat> raw[kDepth][kPerThread];
     const uint8_t* block[kPerThread];
     const bf16* scale[kPerThread];  // kInt4: of the unit's row
     int32_t column;                 // of the units, in the matrix
@@ -179,6 +189,7 @@ struct TilePacked {
         return kUnits % Shape::kThreads == 0 || Shape::thread() + i * Shape::kThreads < kUnits;
     }
 
+    template <int kSlot>
     __device__ __forceinline__ void fetch(const MatmulArgs& a, int32_t left) {
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
@@ -187,9 +198,9 @@ struct TilePacked {
                 if constexpr (kFormat == WeightFormat::kInt4) {
                     scale_at = scale[i] + (column >> a.w.group_shift);
                 }
-                fetch_unit<kFormat>(raw[i], block[i], scale_at);
+                fetch_unit<kFormat>(raw[kSlot][i], block[i], scale_at);
             } else {
-                zero_unit<kFormat>(raw[i]);
+                zero_unit<kFormat>(raw[kSlot][i]);
             }
             block[i] += kBackward ? kTileK * a.w.row_bytes : 2 * kBlock;
             if constexpr (kFormat == WeightFormat::kInt4 && kBackward) {
@@ -199,6 +210,7 @@ struct TilePacked {
         column += kBackward ? 0 : kTileK;
     }
 
+    template <int kSlot>
     __device__ __forceinline__ void store(char* tile) const {
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
@@ -206,7 +218,7 @@ struct TilePacked {
                 const int row = first_row() + i * kRowStep;
                 const int granule = Shape::thread() % kRowUnits * 4;
                 uint32_t pairs[16];
-                decode_unit<kFormat>(raw[i], pairs);
+                decode_unit<kFormat>(raw[kSlot][i], pairs);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     auto* at =
@@ -218,11 +230,48 @@ struct TilePacked {
     }
 };
 
-template <typename Shape, WeightFormat kFormat, bool kBackward>
+template <typename Shape, WeightFormat kFormat, bool kBackward, int kSteps>
 using WeightTile = std::conditional_t<
     kFormat == WeightFormat::kBF16,
     TileBF16<Shape, kBackward>,
-    TilePacked<Shape, kFormat, kBackward>>;
+    TilePacked<Shape, kFormat, kBackward, kSteps>>;
+
+template <typename Weights>
+constexpr int slots_of() {
+    if constexpr (requires { Weights::kDepth; }) {
+        return Weights::kDepth;
+    }
+    return 1;
+}
+
+// Calls body(std::integral_constant<int, 0>) .. (kCount - 1): slots must be known at compile time.
+template <int kCount, typename Body>
+__device__ __forceinline__ void for_slots(const Body& body) {
+    [&]<int... kSlot>(std::integer_sequence<int, kSlot...>) {
+        (body(std::integral_constant<int, kSlot>{}), ...);
+    }(std::make_integer_sequence<int, kCount>{});
+}
+
+// Fetches the first steps, decodes step 0 into `tile`, and leaves every slot full.
+template <typename Weights>
+__device__ __forceinline__ void start_packed(
+    Weights& w, const MatmulArgs& a, int32_t length, char* tile
+) {
+    for_slots<Weights::kDepth>([&](auto slot) {
+        w.template fetch<slot.value>(a, length - slot.value * kTileK);
+    });
+    w.template store<0>(tile);
+    w.template fetch<0>(a, length - Weights::kDepth * kTileK);
+}
+
+// During step `step`: decodes step + 1, which is in kSlot, and refills the slot.
+template <int kSlot, typename Weights>
+__device__ __forceinline__ void advance_packed(
+    Weights& w, const MatmulArgs& a, int32_t length, int32_t step, char* tile
+) {
+    w.template store<kSlot>(tile);
+    w.template fetch<kSlot>(a, length - (step + 1 + Weights::kDepth) * kTileK);
+}
 
 // Where a lane's ldmatrix rows lie in the two tiles.
 template <typename Shape, bool kBackward>
@@ -495,7 +544,7 @@ __global__ void __launch_bounds__(Shape::kThreads* kTeams)
 
     release_successor();
     TileX<Shape> x(a, m0, k_begin);
-    WeightTile<Shape, kFormat, kBackward> w(a, n0, k_begin);
+    WeightTile<Shape, kFormat, kBackward, 4> w(a, n0, k_begin);
     const FragmentOffsets<Shape, kBackward> at;
     const auto stage_of = [&](int32_t step) {
         return static_cast<uint32_t>(step % Shape::kStages) * Shape::kStageBytes;
@@ -520,9 +569,7 @@ __global__ void __launch_bounds__(Shape::kThreads* kTeams)
         load_w(s);
     }
     if constexpr (!kPlain) {
-        w.fetch(a, length);
-        w.store(ring + Shape::kBytesX);
-        w.fetch(a, length - kTileK);
+        start_packed(w, a, length, ring + Shape::kBytesX);
     }
     wait_for_predecessor();
 #pragma unroll
@@ -533,7 +580,7 @@ __global__ void __launch_bounds__(Shape::kThreads* kTeams)
 
     float acc[Shape::kFragM][Shape::kFragN][4] = {};
     float total[kSegmented ? Shape::kFragM : 1][Shape::kFragN][4] = {};
-    for (int32_t step = 0; step < steps; ++step) {
+    const auto run_step = [&](int32_t step, auto next_slot) {
         copy_async_wait<Shape::kStages - 2>();
         team_sync();
         load_x(step + Shape::kStages - 1);
@@ -541,8 +588,8 @@ __global__ void __launch_bounds__(Shape::kThreads* kTeams)
         copy_async_commit();
         if constexpr (!kPlain) {
             if (step + 1 < steps) {
-                w.store(ring + stage_of(step + 1) + Shape::kBytesX);
-                w.fetch(a, length - (step + 2) * kTileK);
+                char* tile = ring + stage_of(step + 1) + Shape::kBytesX;
+                advance_packed<next_slot.value>(w, a, length, step, tile);
             }
         }
         if constexpr (kSegmented) {
@@ -552,6 +599,16 @@ __global__ void __launch_bounds__(Shape::kThreads* kTeams)
         }
         const uint32_t stage = base + stage_of(step);
         multiply_tile<Shape, kBackward>(acc, at, stage, stage + Shape::kBytesX);
+    };
+    constexpr int kUnroll = slots_of<decltype(w)>();
+    for (int32_t first = 0; first < steps; first += kUnroll) {
+        for_slots<kUnroll>([&](auto slot) {
+            if (first + slot.value < steps) {
+                run_step(
+                    first + slot.value, std::integral_constant<int, (slot.value + 1) % kUnroll>{}
+                );
+            }
+        });
     }
     if constexpr (kSegmented) {
         close_segment(total, acc);
@@ -609,5 +666,7 @@ using WideTile = TileShape<128, 128, 2, 4, 4>;
 using MediumTile = TileShape<64, 64, 2, 2, 4>;
 using NarrowTile = TileShape<64, 32, 2, 2, 4>;
 using TinyTile = TileShape<64, 16, 4, 1, 4>;
+using TinyBackwardTile = TileShape<64, 16, 4, 1, 4, 64>;
+using BroadTile = TileShape<64, 128, 2, 4, 4>;
 
 }  // namespace orbit::cuda

@@ -51,7 +51,10 @@ __global__ void __launch_bounds__(256, kSegmented ? 1 : 2)
     using Shape = WgmmaTile<kSegmented>;
     static_assert(Shape::kThreads == 256 && Shape::kOutputBytes <= Shape::kSharedBytes);
     constexpr bool kPlain = kFormat == WeightFormat::kBF16;
-    constexpr int kAhead = Shape::kStages - 2;  // steps loaded before they are multiplied
+    // Alone on its multiprocessor a block keeps one step queued behind the running one; of two, one
+    // multiplies while the other waits, and the stage is better spent on loading further ahead.
+    constexpr bool kQueues = kSegmented;
+    constexpr int kAhead = Shape::kStages - (kQueues ? 2 : 1);  // steps loaded before their turn
     int32_t block = 0;
     int32_t m0 = 0;
     int32_t n0 = 0;
@@ -66,7 +69,7 @@ __global__ void __launch_bounds__(256, kSegmented ? 1 : 2)
 
     release_successor();
     TileX<Shape> x(a, m0, 0);
-    WeightTile<Shape, kFormat, kBackward> w(a, n0, 0);
+    WeightTile<Shape, kFormat, kBackward, 2> w(a, n0, 0);
     const auto load_stage = [&](int32_t step) {
         const uint32_t stage = base + stage_of(step);
         const int32_t left = a.k - step * kTileK;
@@ -79,9 +82,7 @@ __global__ void __launch_bounds__(256, kSegmented ? 1 : 2)
         copy_async_commit();
     };
     if constexpr (!kPlain) {
-        w.fetch(a, a.k);
-        w.store(shared + Shape::kBytesX);
-        w.fetch(a, a.k - kTileK);
+        start_packed(w, a, a.k, shared + Shape::kBytesX);
     }
     wait_for_predecessor();
 #pragma unroll
@@ -91,11 +92,14 @@ __global__ void __launch_bounds__(256, kSegmented ? 1 : 2)
 
     float acc[1][Shape::kFragN][4];  // the first wgmma of a segment does not read them
     float total[1][Shape::kFragN][4] = {};
-#pragma unroll 1
-    for (int32_t step = 0; step < steps; ++step) {
+    const auto run_step = [&](int32_t step, auto next_slot) {
         copy_async_wait<kAhead - 1>();
+        if constexpr (!kQueues) {
+            wgmma_wait<0>();
+        }
         fence_for_wgmma();
-        __syncthreads();  // This step's tiles are there, and nobody reads those of step - 2.
+        // This step's tiles are there, and nobody reads those that are loaded next.
+        __syncthreads();
         if constexpr (kSegmented) {
             if (step > 0 && step % segment_steps == 0) {
                 wgmma_wait<0>();
@@ -108,11 +112,24 @@ __global__ void __launch_bounds__(256, kSegmented ? 1 : 2)
         load_stage(step + kAhead);
         if constexpr (!kPlain) {
             if (step + 1 < steps) {
-                w.store(shared + stage_of(step + 1) + Shape::kBytesX);
-                w.fetch(a, a.k - (step + 2) * kTileK);
+                char* tile = shared + stage_of(step + 1) + Shape::kBytesX;
+                advance_packed<next_slot.value>(w, a, a.k, step, tile);
             }
         }
-        wgmma_wait<1>();
+        if constexpr (kQueues) {
+            wgmma_wait<1>();
+        }
+    };
+    constexpr int kUnroll = slots_of<decltype(w)>();
+#pragma unroll 1
+    for (int32_t first = 0; first < steps; first += kUnroll) {
+        for_slots<kUnroll>([&](auto slot) {
+            if (first + slot.value < steps) {
+                run_step(
+                    first + slot.value, std::integral_constant<int, (slot.value + 1) % kUnroll>{}
+                );
+            }
+        });
     }
     wgmma_wait<0>();
     __syncthreads();  // Nobody reads the ring any more; it takes the output now.

@@ -20,6 +20,8 @@ __device__ __forceinline__ float inverse_rms(float sum_of_squares, float width, 
 __global__ void __launch_bounds__(kThreads)
     rms_norm_kernel(const bf16* x, const float* weight, float eps, int64_t width, bf16* y) {
     __shared__ float shared[kWarps];
+    release_successor();
+    wait_for_predecessor();
     const bool aligned = width % 8 == 0;
     const bf16* row = x + blockIdx.x * width;
     const int64_t groups = (width + 7) / 8;
@@ -98,10 +100,18 @@ void rms_norm(Stream& stream, Tensor x, const float* weight, float eps, Tensor y
     if (x.rows() == 0) {
         return;
     }
-    rms_norm_kernel<<<grid_dim(x.rows()), kThreads, 0, queue_of(stream)>>>(
-        activations(x), weight, eps, x.cols(), activations(y)
+    launch_early(
+        rms_norm_kernel,
+        dim3(grid_dim(x.rows())),
+        kThreads,
+        0,
+        queue_of(stream),
+        activations(x),
+        weight,
+        eps,
+        x.cols(),
+        activations(y)
     );
-    LAUNCH_CHECK();
 }
 
 void rms_norm_backward(

@@ -2,6 +2,9 @@
 // global norm.
 #pragma once
 
+#include <span>
+
+#include "base/number_formats.h"
 #include "device/device.h"
 
 namespace orbit {
@@ -29,6 +32,20 @@ void adamw(
 
 // Whether all values are zero (of either sign). Host memory.
 bool all_zero(const float* values, int64_t count);
+
+struct RoundRange {  // in elements
+    int64_t from;
+    int64_t to;
+    int64_t count;
+};
+
+namespace cuda {
+// copies[to + i] = bf16(values[from + i]) for every range, which are host memory. (On a CPU the
+// adapter store does this with its threads.)
+void round_ranges(
+    Stream& stream, std::span<const RoundRange> ranges, const float* values, bf16* copies
+);
+}  // namespace cuda
 
 // sqrt(sum g^2) in float64: partial sums of fixed tiles of 4096, added in ascending order. Not
 // finite if any g is not.

@@ -4,6 +4,7 @@
 
 #include "device/cuda/check.cuh"
 #include "device/cuda/math.cuh"
+#include "device/cuda/mma.cuh"
 #include "ops/cuda_ops.h"
 
 namespace orbit::cuda {
@@ -55,7 +56,36 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+__global__ void __launch_bounds__(kThreads)
+    round_ranges_kernel(const RoundRange* ranges, const float* values, bf16* copies) {
+    const RoundRange range = ranges[blockIdx.x];
+    const int64_t stride = static_cast<int64_t>(gridDim.y) * kThreads;
+    for (int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; i < range.count;
+         i += stride) {
+        copies[range.to + i] = round_bf16(values[range.from + i]);
+    }
+}
+
 }  // namespace
+
+void round_ranges(
+    Stream& stream, std::span<const RoundRange> ranges, const float* values, bf16* copies
+) {
+    if (ranges.empty()) {
+        return;
+    }
+    const ScratchScope scope(stream.scratch);
+    auto* table = static_cast<RoundRange*>(stream.scratch.take_bytes(ranges.size_bytes()));
+    copy_to_device(stream, table, ranges.data(), ranges.size_bytes());
+    constexpr unsigned kBlocks = 16;  // of one range
+    round_ranges_kernel<<<
+        dim3(grid_dim(static_cast<int64_t>(ranges.size())), kBlocks),
+        kThreads,
+        0,
+        queue_of(stream)>>>(table, values, copies);
+    LAUNCH_CHECK();
+    synchronize(stream);  // the ranges may go
+}
 
 void adamw(
     Stream& stream,

@@ -42,40 +42,54 @@ __device__ __forceinline__ float head_scale(const RopeArgs& p, float squares) {
     return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, p.eps)));
 }
 
+// Channel i after the rotation.
+__device__ __forceinline__ float rotated_channel(
+    const RopeArgs& p, const float* head, int64_t table, int i
+) {
+    if (i >= p.rope.rotary_dim) {
+        return head[i];
+    }
+    const Pair pair = pair_of(p.rope, i);
+    const float c = p.rope.cosine[table + pair.index];
+    const float s = p.rope.sine[table + pair.index];
+    return i == pair.a ? __fsub_rn(__fmul_rn(head[i], c), __fmul_rn(head[pair.b], s))
+                       : __fadd_rn(__fmul_rn(head[pair.a], s), __fmul_rn(head[i], c));
+}
+
 __global__ void __launch_bounds__(kWarps * 32) norm_rope_kernel(RopeArgs p, bf16* y) {
     __shared__ float shared[kWarps][kMaxHeadDim];
+    release_successor();
+    wait_for_predecessor();
     const int lane = threadIdx.x & 31;
     float* head = shared[threadIdx.x >> 5];
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + (threadIdx.x >> 5);
     if (row >= p.num_rows) {
         return;
     }
+    // Two neighbouring channels a lane: head_dim is even.
     const bf16* x = p.x + row * p.head_dim;
     float squares = 0.0f;
-    for (int i = lane; i < p.head_dim; i += 32) {
-        const float value = to_float(x[i]);
-        head[i] = value;
-        squares = __fmaf_rn(value, value, squares);
+    for (int i = 2 * lane; i < p.head_dim; i += 64) {
+        const auto two = *reinterpret_cast<const uint32_t*>(x + i);
+        head[i] = low_bf16(two);
+        head[i + 1] = high_bf16(two);
+        squares = __fmaf_rn(head[i], head[i], squares);
+        squares = __fmaf_rn(head[i + 1], head[i + 1], squares);
     }
     if (p.norm_weight != nullptr) {
         const float scale = head_scale(p, warp_sum(squares));
-        for (int i = lane; i < p.head_dim; i += 32) {
-            head[i] = __fmul_rn(__fmul_rn(head[i], scale), p.norm_weight[i]);
+        for (int i = 2 * lane; i < p.head_dim; i += 64) {
+            const float2 w = *reinterpret_cast<const float2*>(p.norm_weight + i);
+            head[i] = __fmul_rn(__fmul_rn(head[i], scale), w.x);
+            head[i + 1] = __fmul_rn(__fmul_rn(head[i + 1], scale), w.y);
         }
     }
     __syncwarp();
     const int64_t table =
         static_cast<int64_t>(p.positions[row / p.heads]) * (p.rope.rotary_dim / 2);
-    for (int i = lane; i < p.head_dim; i += 32) {
-        float value = head[i];
-        if (i < p.rope.rotary_dim) {
-            const Pair pair = pair_of(p.rope, i);
-            const float c = p.rope.cosine[table + pair.index];
-            const float s = p.rope.sine[table + pair.index];
-            value = i == pair.a ? __fsub_rn(__fmul_rn(value, c), __fmul_rn(head[pair.b], s))
-                                : __fadd_rn(__fmul_rn(head[pair.a], s), __fmul_rn(value, c));
-        }
-        y[row * p.head_dim + i] = round_bf16(value);
+    for (int i = 2 * lane; i < p.head_dim; i += 64) {
+        *reinterpret_cast<uint32_t*>(y + row * p.head_dim + i) =
+            pack_bf16(rotated_channel(p, head, table, i), rotated_channel(p, head, table, i + 1));
     }
 }
 
@@ -141,6 +155,7 @@ __global__ void __launch_bounds__(kWarps * 32)
 RopeArgs rope_args(const NormRopeParams& p) {
     CHECK_EQ(p.x.rank, 3);
     CHECK_LE(p.x.shape[2], kMaxHeadDim);
+    CHECK_EQ(p.x.shape[2] % 2, 0);
     CHECK_LE(p.rope.rotary_dim, p.x.shape[2]);
     return RopeArgs{
         activations(p.x),
@@ -161,12 +176,15 @@ void norm_rope(Stream& stream, const NormRopeParams& p, Tensor y) {
     if (args.num_rows == 0) {
         return;
     }
-    norm_rope_kernel<<<
-        grid_dim(ceil_div(args.num_rows, kWarps)),
+    launch_early(
+        norm_rope_kernel,
+        dim3(grid_dim(ceil_div(args.num_rows, kWarps))),
         kWarps * 32,
         0,
-        queue_of(stream)>>>(args, activations(y));
-    LAUNCH_CHECK();
+        queue_of(stream),
+        args,
+        activations(y)
+    );
 }
 
 void norm_rope_backward(Stream& stream, const NormRopeParams& p, Tensor dy, Tensor dx) {

@@ -193,9 +193,11 @@ class GpuLinear {
     GpuLinear(Meter& meter, int64_t rows, bool grouped)
         : meter_(meter), rows_(rows), grouped_(grouped) {}
 
-    void forward(const Site& s) {
+    void forward(std::initializer_list<Site> sites) {
         const Scope scope(meter_);
-        take_input(s);
+        for (const Site& s : sites) {
+            take_input(s);
+        }
     }
 
     void backward(const Site& s) {
@@ -255,10 +257,7 @@ class Layer {
         const Site v = attention_site("v_proj", c_.width, kv_width());
         const Site o = attention_site("o_proj", q_width(), c_.width);
         activation(tokens(), c_.width);
-        for (const Site& site : {q, k, v}) {
-            activation(tokens(), site.out);
-            linear(tokens(), site, false, false);
-        }
+        linears({q, k, v});
         activation(tokens(), q_width());  // after rope
         activation(tokens(), kv_width());
         activation(tokens(), q_width());  // of attention
@@ -324,13 +323,27 @@ class Layer {
     void linear(int64_t rows, const Site& s, bool is_backward, bool grouped) {
         if (!m_.on_cpu) {
             GpuLinear op(meter_, rows, grouped);
-            is_backward ? op.backward(s) : op.forward(s);
+            is_backward ? op.backward(s) : op.forward({s});
             return;
         }
         // The busiest expert of a skewed router: twice its share.
         const int64_t most = grouped ? std::min(rows, 2 * ceil_div(rows, c_.num_experts)) : rows;
         CpuLinear op(m_, meter_, most);
         is_backward ? op.backward(s) : op.forward(s);
+    }
+
+    // Pass::linears.
+    void linears(std::initializer_list<Site> sites) {
+        for (const Site& s : sites) {
+            activation(tokens(), s.out);
+        }
+        if (!m_.on_cpu) {
+            GpuLinear(meter_, tokens(), false).forward(sites);
+            return;
+        }
+        for (const Site& s : sites) {
+            CpuLinear(m_, meter_, tokens()).forward(s);
+        }
     }
 
     void attention(bool is_backward) {
@@ -351,10 +364,10 @@ class Layer {
     }
 
     void forward_mlp() {
-        for (const char* leaf : {"gate_proj", "up_proj"}) {
-            activation(tokens(), c_.mlp_width);
-            linear(tokens(), mlp_site(leaf, c_.width, c_.mlp_width), false, false);
-        }
+        linears(
+            {mlp_site("gate_proj", c_.width, c_.mlp_width),
+             mlp_site("up_proj", c_.width, c_.mlp_width)}
+        );
         activation(tokens(), c_.mlp_width);
         linear(tokens(), mlp_site("down_proj", c_.mlp_width, c_.width), false, false);
     }
@@ -436,6 +449,12 @@ void head(
         meter.take(chunk * (kRowBytes + ceil_div(vocabulary, 1024) * kTileBytes));
         if (backward) {
             meter.take(chunk * vocabulary * 2);
+            constexpr int64_t kSegment = 4096;  // head_backward of dense_cuda.cu: parts added up
+            const int64_t part = round_up(ceil_div(vocabulary, 8), kSegment);
+            const int64_t parts = ceil_div(vocabulary, part);
+            if (parts > 1) {
+                meter.take(parts * chunk * m.config.width * kF32);
+            }
         }
         return;
     }

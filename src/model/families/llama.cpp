@@ -8,9 +8,10 @@ Tensor llama_attention(Pass& pass, const LayerWeights& w, KvView pages, Tensor x
     const ModelConfig& c = pass.model.config;
     const int64_t T = x_TD.rows();
     const Tensor n_TD = pass.rms_norm(x_TD, w.input_norm);
-    const Tensor q_THd = pass.linear(n_TD, w.q).reshaped({T, c.num_heads, c.head_dim});
-    const Tensor k_TKd = pass.linear(n_TD, w.k).reshaped({T, c.num_kv_heads, c.head_dim});
-    const Tensor v_TKd = pass.linear(n_TD, w.v).reshaped({T, c.num_kv_heads, c.head_dim});
+    const std::vector<Tensor> qkv = pass.linears(n_TD, {&w.q, &w.k, &w.v});
+    const Tensor q_THd = qkv[0].reshaped({T, c.num_heads, c.head_dim});
+    const Tensor k_TKd = qkv[1].reshaped({T, c.num_kv_heads, c.head_dim});
+    const Tensor v_TKd = qkv[2].reshaped({T, c.num_kv_heads, c.head_dim});
     const Tensor a_THd = pass.attention(
         pass.norm_rope(q_THd, w.q_norm), pass.norm_rope(k_TKd, w.k_norm), v_TKd, pages
     );
@@ -20,7 +21,8 @@ Tensor llama_attention(Pass& pass, const LayerWeights& w, KvView pages, Tensor x
 Tensor llama_layer(Pass& pass, const LayerWeights& w, KvView pages, Tensor x_TD, Tensor out_TD) {
     const Tensor h_TD = llama_attention(pass, w, pages, x_TD);
     const Tensor m_TD = pass.rms_norm(h_TD, w.post_attention_norm);
-    const Tensor y_TI = pass.swiglu(pass.linear(m_TD, w.gate), pass.linear(m_TD, w.up));
+    const std::vector<Tensor> gate_up = pass.linears(m_TD, {&w.gate, &w.up});
+    const Tensor y_TI = pass.swiglu(gate_up[0], gate_up[1]);
     return pass.linear(y_TI, w.down, h_TD, out_TD);
 }
 
