@@ -2,7 +2,7 @@
 // passes, so that every sum has one owner and one order: dq by query rows over ascending key tiles;
 // dk and dv by key rows over the heads of the group, then ascending query tiles.
 #include "device/cuda/rows.cuh"
-#include "ops/attention_cuda.cuh"
+#include "ops/attention_backward_cuda.cuh"
 #include "ops/cuda_ops.h"
 
 namespace orbit::cuda {
@@ -10,25 +10,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kRows = 64;  // rows of every tile, 16 a warp
-
-struct BackwardArgs {
-    const bf16* q;
-    const bf16* k;
-    const bf16* v;
-    const bf16* o;
-    const bf16* d_o;
-    const float* lse;
-    float* delta;  // [T, heads]: sum of do * o
-    bf16* dq;
-    bf16* dk;
-    bf16* dv;
-    const int32_t* sequence_begin;
-    int32_t num_sequences;
-    int32_t heads;
-    int32_t kv_heads;
-    float scale;
-    float scale_log2;
-};
 
 template <int kHeadDim>
 struct BackwardTile {
@@ -58,25 +39,6 @@ __global__ void __launch_bounds__(256) delta_kernel(BackwardArgs a, int64_t coun
     }
 }
 
-// Copies rows [row0, row0 + 64) of one head; rows from `end` on become zeros. `heads` is that of
-// the tensor [T, heads, head_dim].
-template <int kHeadDim>
-__device__ __forceinline__ void load_rows(
-    uint32_t to, const bf16* from, int32_t heads, int32_t head, int32_t row0, int32_t end
-) {
-    constexpr int kRowGranules = kHeadDim / 8;
-#pragma unroll
-    for (int i = 0; i < kRows * kRowGranules / kThreads; ++i) {
-        const int index = static_cast<int>(threadIdx.x) + i * kThreads;
-        const int row = index / kRowGranules;
-        const int granule = index % kRowGranules;
-        const bool valid = row0 + row < end;
-        const int64_t at =
-            (static_cast<int64_t>(row0 + row) * heads + head) * kHeadDim + granule * 8;
-        copy_async_16(to + tile_offset<kHeadDim>(row, granule), valid ? from + at : from, valid);
-    }
-}
-
 // s[i][j] = a row . b row, both tiles in shared memory: 16 rows of a, 8 kFragments rows of b.
 template <int kHeadDim, int kFragments>
 __device__ __forceinline__ void score_rows(
@@ -98,7 +60,7 @@ __device__ __forceinline__ void score_rows(
             a[1],
             a[2],
             a[3],
-            a_tile + tile_offset<kHeadDim>(a_row + (lane & 15), 2 * step + (lane >> 4))
+            a_tile + tile_offset<kRows>(a_row + (lane & 15), 2 * step + (lane >> 4))
         );
 #pragma unroll
         for (int j = 0; j < kFragments; j += 2) {
@@ -109,7 +71,7 @@ __device__ __forceinline__ void score_rows(
                 b[1],
                 b[2],
                 b[3],
-                b_tile + tile_offset<kHeadDim>(row, 2 * step + ((lane >> 3) & 1))
+                b_tile + tile_offset<kRows>(row, 2 * step + ((lane >> 3) & 1))
             );
             mma_16816(s[j], a, b[0], b[1]);
             mma_16816(s[j + 1], a, b[2], b[3]);
@@ -121,18 +83,6 @@ __device__ __forceinline__ SequenceSlot locate_tile(const BackwardArgs& a, int32
     return locate(a.sequence_begin, a.num_sequences, index, [](int32_t length) {
         return (length + kRows - 1) / kRows;
     });
-}
-
-// Two neighbouring values of one row of a fragment, to a row of a [T, heads, head_dim] tensor.
-template <int kHeadDim>
-__device__ __forceinline__ void store_fragments(
-    bf16* to, const float (&acc)[kHeadDim / 8][4], int half
-) {
-#pragma unroll
-    for (int j = 0; j < kHeadDim / 8; ++j) {
-        *reinterpret_cast<uint32_t*>(to + 8 * j) =
-            pack_bf16(acc[j][2 * half], acc[j][2 * half + 1]);
-    }
 }
 
 template <int kHeadDim>
@@ -155,8 +105,10 @@ __global__ void __launch_bounds__(kThreads) dq_kernel(BackwardArgs a) {
         if (tile < tiles) {
             const uint32_t to = base + (tile & 1) * 2 * kTileBytes;
             const int32_t row = begin + tile * kRows;
-            load_rows<kHeadDim>(to, a.k, a.kv_heads, kv_head, row, end);
-            load_rows<kHeadDim>(to + kTileBytes, a.v, a.kv_heads, kv_head, row, end);
+            load_rows<kHeadDim, kRows, kThreads>(to, a.k, a.kv_heads, kv_head, row, end);
+            load_rows<kHeadDim, kRows, kThreads>(
+                to + kTileBytes, a.v, a.kv_heads, kv_head, row, end
+            );
         }
         copy_async_commit();
     };
@@ -191,8 +143,8 @@ __global__ void __launch_bounds__(kThreads) dq_kernel(BackwardArgs a) {
         const uint32_t k_tile = base + (tile & 1) * 2 * kTileBytes;
         float s[kRows / 8][4];
         float dp[kRows / 8][4];
-        score_keys<kHeadDim>(s, q, k_tile, 0);
-        score_keys<kHeadDim>(dp, d_o, k_tile + kTileBytes, 0);
+        score_keys<kRows, kHeadDim>(s, q, k_tile, 0);
+        score_keys<kRows, kHeadDim>(dp, d_o, k_tile + kTileBytes, 0);
         const int32_t key0 = tile * kRows + 2 * (lane & 3);
 #pragma unroll
         for (int j = 0; j < kRows / 8; ++j) {
@@ -211,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) dq_kernel(BackwardArgs a) {
                 pack_bf16(s[2 * step][2], s[2 * step][3]),
                 pack_bf16(s[2 * step + 1][0], s[2 * step + 1][1]),
                 pack_bf16(s[2 * step + 1][2], s[2 * step + 1][3])};
-            weigh_values<kHeadDim>(dq, ds, k_tile, 16 * step, 0);
+            weigh_values<kRows>(dq, ds, k_tile, 16 * step, 0);
         }
         __syncthreads();
     }
@@ -259,8 +211,10 @@ __global__ void __launch_bounds__(kThreads) dkv_kernel(BackwardArgs a) {
             const int32_t head = kv_head * group + item / tiles;
             const int32_t row = begin + (slot.offset + item % tiles) * kRows;
             const uint32_t to = stages + (item & 1) * Shared::kStage;
-            load_rows<kHeadDim>(to, a.q, a.heads, head, row, end);
-            load_rows<kHeadDim>(to + Shared::kTileBytes, a.d_o, a.heads, head, row, end);
+            load_rows<kHeadDim, kRows, kThreads>(to, a.q, a.heads, head, row, end);
+            load_rows<kHeadDim, kRows, kThreads>(
+                to + Shared::kTileBytes, a.d_o, a.heads, head, row, end
+            );
             const auto t = static_cast<int32_t>(threadIdx.x);
             if (t < kRows) {
                 const bool valid = row + t < end;
@@ -273,8 +227,8 @@ __global__ void __launch_bounds__(kThreads) dkv_kernel(BackwardArgs a) {
         copy_async_commit();
     };
     const int32_t key_row = begin + slot.offset * kRows;
-    load_rows<kHeadDim>(k_tile, a.k, a.kv_heads, kv_head, key_row, end);
-    load_rows<kHeadDim>(v_tile, a.v, a.kv_heads, kv_head, key_row, end);
+    load_rows<kHeadDim, kRows, kThreads>(k_tile, a.k, a.kv_heads, kv_head, key_row, end);
+    load_rows<kHeadDim, kRows, kThreads>(v_tile, a.v, a.kv_heads, kv_head, key_row, end);
     load(0);
     float dk[kHeadDim / 8][4] = {};
     float dv[kHeadDim / 8][4] = {};
@@ -309,7 +263,7 @@ __global__ void __launch_bounds__(kThreads) dkv_kernel(BackwardArgs a) {
                     pack_bf16(p[2 * step][2], p[2 * step][3]),
                     pack_bf16(p[2 * step + 1][0], p[2 * step + 1][1]),
                     pack_bf16(p[2 * step + 1][2], p[2 * step + 1][3])};
-                weigh_values<kHeadDim>(dv, packed, o_tile, sub + 16 * step, 0);
+                weigh_values<kRows>(dv, packed, o_tile, sub + 16 * step, 0);
             }
             float dp[kSub / 8][4];
             score_rows<kHeadDim>(dp, v_tile, warp * 16, o_tile, sub);
@@ -329,7 +283,7 @@ __global__ void __launch_bounds__(kThreads) dkv_kernel(BackwardArgs a) {
                     pack_bf16(dp[2 * step][2], dp[2 * step][3]),
                     pack_bf16(dp[2 * step + 1][0], dp[2 * step + 1][1]),
                     pack_bf16(dp[2 * step + 1][2], dp[2 * step + 1][3])};
-                weigh_values<kHeadDim>(dk, packed, q_tile, sub + 16 * step, 0);
+                weigh_values<kRows>(dk, packed, q_tile, sub + 16 * step, 0);
             }
         }
         __syncthreads();
@@ -347,11 +301,11 @@ __global__ void __launch_bounds__(kThreads) dkv_kernel(BackwardArgs a) {
 }
 
 template <int kHeadDim>
-void launch_backward(cudaStream_t queue, const BackwardArgs& a, int32_t num_tokens) {
-    const int64_t head_rows = static_cast<int64_t>(num_tokens) * a.heads;
+void launch_backward(cudaStream_t queue, const BackwardArgs& a) {
+    const int64_t head_rows = static_cast<int64_t>(a.num_tokens) * a.heads;
     delta_kernel<kHeadDim><<<grid_dim(ceil_div(head_rows, 8)), 256, 0, queue>>>(a, head_rows);
     LAUNCH_CHECK();
-    const unsigned tiles = grid_dim(num_tokens / kRows + a.num_sequences);
+    const unsigned tiles = grid_dim(a.num_tokens / kRows + a.num_sequences);
     constexpr int kQueryBytes = 4 * BackwardTile<kHeadDim>::kBytes;
     allow_shared_memory(dq_kernel<kHeadDim>, kQueryBytes);
     dq_kernel<kHeadDim><<<dim3(tiles, grid_dim_yz(a.heads)), kThreads, kQueryBytes, queue>>>(a);
@@ -392,6 +346,7 @@ void attention_backward(
     a.dk = activations(dk);
     a.dv = activations(dv);
     a.sequence_begin = p.batch.sequence_begin;
+    a.num_tokens = p.batch.num_tokens;
     a.num_sequences = p.batch.num_sequences;
     a.heads = static_cast<int32_t>(p.q.shape[1]);
     a.kv_heads = static_cast<int32_t>(p.k.shape[1]);
@@ -399,9 +354,9 @@ void attention_backward(
     a.scale_log2 = p.scale * kLog2E;
     const cudaStream_t queue = queue_of(stream);
     if (head_dim == 64) {
-        launch_backward<64>(queue, a, p.batch.num_tokens);
+        launch_backward<64>(queue, a);
     } else {
-        launch_backward<128>(queue, a, p.batch.num_tokens);
+        launch_backward<128>(queue, a);
     }
 }
 

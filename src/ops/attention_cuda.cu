@@ -1,15 +1,15 @@
 // Attention forward: writes the batch's keys and values into their pages, then reads everything
 // from pages. Sequences of up to kShortRows rows go through the decode kernel (one thread block a
-// row and KV head), longer ones through the prefill kernel (128 rows of one head). Both give the
-// same bits.
+// row and KV head), longer ones through the prefill kernel (128 rows of one head), of which Hopper
+// has its own. All give the same bits.
 #include "device/cuda/rows.cuh"
 #include "ops/attention_cuda.cuh"
 #include "ops/cuda_ops.h"
+#include "ops/matmul_cuda.cuh"
 
 namespace orbit::cuda {
 namespace {
 
-constexpr int kShortRows = 15;
 constexpr int kRing = 3;  // key and value tiles in turn: K0 V0 K1 V1 ...
 
 template <int kHeadDim>
@@ -125,7 +125,7 @@ __device__ __forceinline__ void decode_row(
         const uint32_t k_tile = ring + 2 * tile % kRing * Tile<kHeadDim>::kBytes;
         const uint32_t v_tile = ring + (2 * tile + 1) % kRing * Tile<kHeadDim>::kBytes;
         float s[4][4];
-        score_keys<kHeadDim, 4>(s, q, k_tile, kKeyBlock * warp);
+        score_keys<kKeyTile, kHeadDim>(s, q, k_tile, kKeyBlock * warp);
         const int32_t key0 = tile * kKeyTile + kKeyBlock * warp + 2 * quad;
         float max[2] = {negative_infinity(), negative_infinity()};
 #pragma unroll
@@ -199,7 +199,7 @@ __device__ __forceinline__ void decode_row(
                                   (lane & 15) * Shared::kWeightRow + (2 * step + (lane >> 4)) * 16
                               )
             );
-            weigh_values<kHeadDim>(o, p, v_tile, 16 * step, warp * kChannels / 8);
+            weigh_values<kKeyTile>(o, p, v_tile, 16 * step, warp * kChannels / 8);
         }
     }
 #pragma unroll
@@ -248,70 +248,11 @@ __global__ void __launch_bounds__(kDecodeThreads) attention_decode_kernel(Attent
 constexpr int kPrefillThreads = 256;
 constexpr int kPrefillRows = 128;
 
-// The 16 rows of one warp: state, and the accumulators of all channels.
-template <int kHeadDim>
-struct PrefillWarp {
-    uint32_t q[kHeadDim / 16][4];
-    SoftmaxRow row[2];
-    float o[kHeadDim / 8][4] = {};
-    int32_t position[2];  // of rows g and g + 8; -1 for padding
-
-    __device__ __forceinline__ void mask(float (&s)[kKeyTile / 8][4], int32_t tile) const {
-        const int32_t key0 = tile * kKeyTile + 2 * static_cast<int32_t>(threadIdx.x & 3);
-        if (tile * kKeyTile + kKeyTile - 1 <= min(position[0], position[1])) {
-            return;
-        }
-#pragma unroll
-        for (int j = 0; j < kKeyTile / 8; ++j) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                if (key0 + 8 * j + (c & 1) > position[c >> 1]) {
-                    s[j][c] = negative_infinity();
-                }
-            }
-        }
-    }
-
-    // Turns scores into weights and updates the rows; o is rescaled.
-    __device__ __forceinline__ void soften(float (&s)[kKeyTile / 8][4], float scale_log2) {
-        float factor[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            float max = negative_infinity();
-#pragma unroll
-            for (int j = 0; j < kKeyTile / 8; ++j) {
-                max = fmaxf(max, fmaxf(s[j][2 * i], s[j][2 * i + 1]));
-            }
-            factor[i] = row[i].raise(quad_max(max), scale_log2);
-            float block[4];
-#pragma unroll
-            for (int b = 0; b < 4; ++b) {
-                block[b] = 0.0f;
-#pragma unroll
-                for (int j = 4 * b; j < 4 * b + 4; ++j) {
-                    s[j][2 * i] = row[i].weight(s[j][2 * i], scale_log2);
-                    s[j][2 * i + 1] = row[i].weight(s[j][2 * i + 1], scale_log2);
-                    block[b] = __fadd_rn(__fadd_rn(block[b], s[j][2 * i]), s[j][2 * i + 1]);
-                }
-            }
-            row[i].add(factor[i], join_blocks(block[0], block[1], block[2], block[3]));
-        }
-#pragma unroll
-        for (int j = 0; j < kHeadDim / 8; ++j) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                o[j][c] = __fmul_rn(o[j][c], factor[c >> 1]);
-            }
-        }
-    }
-};
-
 template <int kHeadDim>
 __global__ void __launch_bounds__(kPrefillThreads, 1) attention_prefill_kernel(AttentionArgs a) {
     extern __shared__ __align__(1024) char shared[];
-    const int lane = threadIdx.x & 31;
     const int warp = threadIdx.x >> 5;
-    const int g = lane >> 2;
+    const int g = (threadIdx.x & 31) >> 2;
     const auto head = static_cast<int32_t>(blockIdx.y);
     const int32_t kv_head = head / (a.heads / a.kv_heads);
     const SequenceSlot slot = locate(
@@ -352,19 +293,21 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) attention_prefill_kernel(A
     load_item(1, pages);
     pages = tile_pages(a, sequence, 1, last_key);
 
-    PrefillWarp<kHeadDim> w;
     const bf16* q_row[2];
-    int32_t row_index[2];
+    int64_t head_row[2];
+    int32_t position[2];  // of rows g and g + 8; -1 for padding
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        row_index[i] = slot.offset * kPrefillRows + warp * 16 + g + 8 * i;
-        const bool valid = row_index[i] < length;
-        w.position[i] = valid ? position0 + row_index[i] : -1;
-        q_row[i] =
-            valid ? a.q + (static_cast<int64_t>(begin + row_index[i]) * a.heads + head) * kHeadDim
-                  : nullptr;
+        const int32_t row_index = slot.offset * kPrefillRows + warp * 16 + g + 8 * i;
+        const bool valid = row_index < length;
+        position[i] = valid ? position0 + row_index : -1;
+        head_row[i] = valid ? static_cast<int64_t>(begin + row_index) * a.heads + head : -1;
+        q_row[i] = valid ? a.q + head_row[i] * kHeadDim : nullptr;
     }
-    load_query<kHeadDim>(w.q, q_row[0], q_row[1]);
+    uint32_t q[kHeadDim / 16][4];
+    load_query<kHeadDim>(q, q_row[0], q_row[1]);
+    SoftmaxRow row[2];
+    float o[kHeadDim / 8][4] = {};
     for (int32_t tile = 0; tile < tiles; ++tile) {
         const int32_t next_pages = tile_pages(a, sequence, tile + 2, last_key);
         copy_async_wait<1>();
@@ -373,42 +316,24 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) attention_prefill_kernel(A
         const uint32_t k_tile = ring + 2 * tile % kRing * Tile<kHeadDim>::kBytes;
         const uint32_t v_tile = ring + (2 * tile + 1) % kRing * Tile<kHeadDim>::kBytes;
         float s[kKeyTile / 8][4];
-        score_keys<kHeadDim>(s, w.q, k_tile, 0);
+        score_keys<kKeyTile, kHeadDim>(s, q, k_tile, 0);
         __syncthreads();  // The keys are done with.
         load_item(2 * tile + 3, pages);
         pages = next_pages;
-        w.mask(s, tile);
-        w.soften(s, a.scale_log2);
+        float factor[2];
+        mask_scores(s, position, tile);
+        soften(s, row, factor, a.scale_log2);
+        rescale(o, factor);
         copy_async_wait<2>();
         __syncthreads();  // Values are there.
 #pragma unroll
         for (int step = 0; step < kKeyTile / 16; ++step) {
-            const uint32_t p[4] = {
-                pack_bf16(s[2 * step][0], s[2 * step][1]),
-                pack_bf16(s[2 * step][2], s[2 * step][3]),
-                pack_bf16(s[2 * step + 1][0], s[2 * step + 1][1]),
-                pack_bf16(s[2 * step + 1][2], s[2 * step + 1][3])};
-            weigh_values<kHeadDim>(w.o, p, v_tile, 16 * step, 0);
+            uint32_t p[4];
+            pack_fragments(p, s[2 * step], s[2 * step + 1]);
+            weigh_values<kKeyTile>(o, p, v_tile, 16 * step, 0);
         }
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const float total = w.row[i].total();
-        const float inverse = __frcp_rn(total);
-        if (row_index[i] < length) {
-            const int64_t head_row = static_cast<int64_t>(begin + row_index[i]) * a.heads + head;
-            bf16* out = a.o + head_row * kHeadDim + 2 * (lane & 3);
-#pragma unroll
-            for (int j = 0; j < kHeadDim / 8; ++j) {
-                *reinterpret_cast<uint32_t*>(out + 8 * j) = pack_bf16(
-                    __fmul_rn(w.o[j][2 * i], inverse), __fmul_rn(w.o[j][2 * i + 1], inverse)
-                );
-            }
-            if (a.lse != nullptr && (lane & 3) == 0) {
-                a.lse[head_row] = log_sum_exp(w.row[i].max, total, a.scale);
-            }
-        }
-    }
+    store_rows<kHeadDim>(a, o, row, head_row);
 }
 
 // ---- host ---------------------------------------------------------------------------------------
@@ -452,6 +377,10 @@ void launch_attention(cudaStream_t queue, const AttentionArgs& a) {
     decode<<<dim3(grid_dim(short_rows), kv_heads, groups), kDecodeThreads, kDecodeBytes, queue>>>(a
     );
     LAUNCH_CHECK();
+    if (has_wgmma()) {
+        launch_prefill_wgmma(queue, a, kHeadDim);
+        return;
+    }
     const auto prefill = attention_prefill_kernel<kHeadDim>;
     constexpr int kPrefillBytes = kRing * Tile<kHeadDim>::kBytes;
     allow_shared_memory(prefill, kPrefillBytes);

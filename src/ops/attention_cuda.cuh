@@ -1,8 +1,9 @@
-// The arithmetic of one attention row, shared by the prefill and the decode kernel so that a row
-// gets the same bits from both: KV tiles of 128 keys at absolute positions, ascending; scores by
-// mma.sync.m16n8k16 along the head width, weights 2^((s - m) c) with m the running maximum, always
-// rescaled; the sum of a tile in the order of row_sum(); weights rounded to bf16 and multiplied
-// with V in k16 steps of keys, ascending.
+// The arithmetic of one attention row, shared by the prefill kernels and the decode kernel so that
+// a row gets the same bits from all: KV tiles of 128 keys at absolute positions, ascending; scores
+// by mma.sync.m16n8k16 along the head width, weights 2^((s - m) c) with m the running maximum,
+// always rescaled; the sum of a tile in the order of join_blocks(); weights rounded to bf16 and
+// multiplied with V in k16 steps of keys, ascending. Hopper's wgmma gives the bits of mma.sync, in
+// the same fragments.
 //
 // A tile of keys that are all masked leaves a row's state exactly as it was (factor 1, zeros
 // added), so it does not matter which of them a kernel visits.
@@ -16,7 +17,8 @@
 namespace orbit::cuda {
 
 constexpr int kKeyTile = 128;
-constexpr int kKeyBlock = 32;  // keys whose weights are summed together first
+constexpr int kShortRows = 15;  // sequences of up to that many rows go to the decode kernel
+constexpr int kKeyBlock = 32;   // keys whose weights are summed together first
 constexpr float kLog2E = 1.4426950408889634f;
 
 struct AttentionArgs {
@@ -91,14 +93,114 @@ __device__ __forceinline__ float log_sum_exp(float max, float sum, float scale) 
     return __fadd_rn(__fmul_rn(max, scale), log_f32(sum));
 }
 
-// Rows of 16-byte granules, permuted inside groups of eight.
-template <int kHeadDim>
-__device__ __forceinline__ uint32_t tile_offset(int row, int granule) {
-    return static_cast<uint32_t>(row * (kHeadDim * 2) + ((granule ^ (row & 7)) << 4));
+// Hides the keys of a tile that the lane's rows g and g + 8 must not see.
+__device__ __forceinline__ void mask_scores(
+    float (&s)[kKeyTile / 8][4], const int32_t (&position)[2], int32_t tile
+) {
+    const int32_t key0 = tile * kKeyTile + 2 * static_cast<int32_t>(threadIdx.x & 3);
+    if (tile * kKeyTile + kKeyTile - 1 <= min(position[0], position[1])) {
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < kKeyTile / 8; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            if (key0 + 8 * j + (c & 1) > position[c >> 1]) {
+                s[j][c] = negative_infinity();
+            }
+        }
+    }
 }
 
-// s[j] = q . k for keys 8j.. of `key0` on: kFragments groups of eight keys (an even number).
-template <int kHeadDim, int kFragments>
+// Turns the scores of a tile into weights and takes them into the rows; the factors are for what
+// has been accumulated so far.
+__device__ __forceinline__ void soften(
+    float (&s)[kKeyTile / 8][4], SoftmaxRow (&row)[2], float (&factor)[2], float scale_log2
+) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float max = negative_infinity();
+#pragma unroll
+        for (int j = 0; j < kKeyTile / 8; ++j) {
+            max = fmaxf(max, fmaxf(s[j][2 * i], s[j][2 * i + 1]));
+        }
+        factor[i] = row[i].raise(quad_max(max), scale_log2);
+        float block[4];
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+            block[b] = 0.0f;
+#pragma unroll
+            for (int j = 4 * b; j < 4 * b + 4; ++j) {
+                s[j][2 * i] = row[i].weight(s[j][2 * i], scale_log2);
+                s[j][2 * i + 1] = row[i].weight(s[j][2 * i + 1], scale_log2);
+                block[b] = __fadd_rn(__fadd_rn(block[b], s[j][2 * i]), s[j][2 * i + 1]);
+            }
+        }
+        row[i].add(factor[i], join_blocks(block[0], block[1], block[2], block[3]));
+    }
+}
+
+template <int kFragments>
+__device__ __forceinline__ void rescale(float (&o)[kFragments][4], const float (&factor)[2]) {
+#pragma unroll
+    for (int j = 0; j < kFragments; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            o[j][c] = __fmul_rn(o[j][c], factor[c >> 1]);
+        }
+    }
+}
+
+// Two neighbouring fragments of a result, rounded: a fragment of the A operand of the next product.
+__device__ __forceinline__ void pack_fragments(
+    uint32_t (&p)[4], const float (&low)[4], const float (&high)[4]
+) {
+    p[0] = pack_bf16(low[0], low[1]);
+    p[1] = pack_bf16(low[2], low[3]);
+    p[2] = pack_bf16(high[0], high[1]);
+    p[3] = pack_bf16(high[2], high[3]);
+}
+
+// Writes a lane's rows g and g + 8; head_row[i] < 0 for padding.
+template <int kHeadDim>
+__device__ __forceinline__ void store_rows(
+    const AttentionArgs& a,
+    const float (&o)[kHeadDim / 8][4],
+    const SoftmaxRow (&row)[2],
+    const int64_t (&head_row)[2]
+) {
+    const int quad = threadIdx.x & 3;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float total = row[i].total();
+        const float inverse = __frcp_rn(total);
+        if (head_row[i] >= 0) {
+            bf16* out = a.o + head_row[i] * kHeadDim + 2 * quad;
+#pragma unroll
+            for (int j = 0; j < kHeadDim / 8; ++j) {
+                *reinterpret_cast<uint32_t*>(out + 8 * j) =
+                    pack_bf16(__fmul_rn(o[j][2 * i], inverse), __fmul_rn(o[j][2 * i + 1], inverse));
+            }
+            if (a.lse != nullptr && quad == 0) {
+                a.lse[head_row[i]] = log_sum_exp(row[i].max, total, a.scale);
+            }
+        }
+    }
+}
+
+// Byte of a 16-byte granule (eight channels) of a row. A tile of kRows rows is kept 64 channels at
+// a time: rows of 128 bytes, their granules permuted by the row's number in its group of eight,
+// which is the 128-byte swizzle of wgmma and keeps ldmatrix free of bank conflicts.
+template <int kRows>
+__device__ __forceinline__ uint32_t tile_offset(int row, int granule) {
+    return static_cast<uint32_t>(
+        (granule >> 3) * (kRows * 128) + row * 128 + (((granule & 7) ^ (row & 7)) << 4)
+    );
+}
+
+// s[j] = q . k for keys 8j.. of `key0` on: kFragments groups of eight keys (an even number) out of
+// a tile of kRows.
+template <int kRows, int kHeadDim, int kFragments>
 __device__ __forceinline__ void score_keys(
     float (&s)[kFragments][4], const uint32_t (&q)[kHeadDim / 16][4], uint32_t k_tile, int key0
 ) {
@@ -121,7 +223,7 @@ __device__ __forceinline__ void score_keys(
                 b[1],
                 b[2],
                 b[3],
-                k_tile + tile_offset<kHeadDim>(row, 2 * step + ((lane >> 3) & 1))
+                k_tile + tile_offset<kRows>(row, 2 * step + ((lane >> 3) & 1))
             );
             mma_16816(s[j], q[step], b[0], b[1]);
             mma_16816(s[j + 1], q[step], b[2], b[3]);
@@ -129,8 +231,8 @@ __device__ __forceinline__ void score_keys(
     }
 }
 
-// o += p v over 16 keys from `key` on, channels of granule0 * 8 on.
-template <int kHeadDim, int kFragments>
+// o += p v over 16 keys from `key` on out of a tile of kRows, channels of granule0 * 8 on.
+template <int kRows, int kFragments>
 __device__ __forceinline__ void weigh_values(
     float (&o)[kFragments][4], const uint32_t (&p)[4], uint32_t v_tile, int key, int granule0
 ) {
@@ -143,7 +245,7 @@ __device__ __forceinline__ void weigh_values(
             b[1],
             b[2],
             b[3],
-            v_tile + tile_offset<kHeadDim>(key + (lane & 15), granule0 + j + (lane >> 4))
+            v_tile + tile_offset<kRows>(key + (lane & 15), granule0 + j + (lane >> 4))
         );
         mma_16816(o[j], p, b[0], b[1]);
         mma_16816(o[j + 1], p, b[2], b[3]);
@@ -192,17 +294,44 @@ __device__ __forceinline__ void load_key_tile(
 ) {
     constexpr int kRowGranules = kHeadDim / 8;
     constexpr int kRowsPerPass = kThreads / kRowGranules;
+    static_assert(kRowsPerPass % 8 == 0);
     const int granule = static_cast<int>(threadIdx.x) % kRowGranules;
+    const int first_row = static_cast<int>(threadIdx.x) / kRowGranules;
+    const int32_t page_values = a.kv_heads * kPageTokens * kHeadDim;
+    const bf16* from = pages + kv_head * kPageTokens * kHeadDim + granule * 8;
+    to += tile_offset<kKeyTile>(first_row, granule);
 #pragma unroll
-    for (int pass = 0; pass < kKeyTile / kRowsPerPass; ++pass) {
-        const int row = pass * kRowsPerPass + static_cast<int>(threadIdx.x) / kRowGranules;
+    for (int pass = 0; pass < (kKeyTile + kRowsPerPass - 1) / kRowsPerPass; ++pass) {
+        const int row = pass * kRowsPerPass + first_row;
         const int32_t page = __shfl_sync(kFullWarp, page_ids, row / kPageTokens);
+        if (kKeyTile % kRowsPerPass != 0 && row >= kKeyTile) {
+            continue;
+        }
+        // Page 0 stands in for pages past last_key, so the address is legal, read or not.
+        const int64_t at = static_cast<int64_t>(page) * page_values + row % kPageTokens * kHeadDim;
         const bool valid = tile * kKeyTile + row <= last_key;
-        const int64_t at =
-            ((static_cast<int64_t>(page) * a.kv_heads + kv_head) * kPageTokens + row % kPageTokens
-            ) * kHeadDim +
-            granule * 8;
-        copy_async_16(to + tile_offset<kHeadDim>(row, granule), valid ? pages + at : pages, valid);
+        copy_async_16(to + pass * kRowsPerPass * 128, from + at, valid);
+    }
+}
+
+// Copies rows [row0, row0 + kRows) of one head of a tensor [T, heads, kHeadDim] into a tile; rows
+// from `end` on become zeros.
+template <int kHeadDim, int kRows, int kThreads>
+__device__ __forceinline__ void load_rows(
+    uint32_t to, const bf16* from, int32_t heads, int32_t head, int32_t row0, int32_t end
+) {
+    constexpr int kRowGranules = kHeadDim / 8;
+    constexpr int kRowsPerPass = kThreads / kRowGranules;
+    static_assert(kRows % kRowsPerPass == 0 && kRowsPerPass % 8 == 0);
+    const int granule = static_cast<int>(threadIdx.x) % kRowGranules;
+    const int32_t row = row0 + static_cast<int32_t>(threadIdx.x) / kRowGranules;
+    const bf16* at = from + (static_cast<int64_t>(row) * heads + head) * kHeadDim + granule * 8;
+    to += tile_offset<kRows>(row - row0, granule);
+#pragma unroll
+    for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
+        const bool valid = row + pass * kRowsPerPass < end;
+        copy_async_16(to + pass * kRowsPerPass * 128, valid ? at : from, valid);
+        at += heads * kRowsPerPass * kHeadDim;
     }
 }
 
@@ -238,5 +367,8 @@ locate(const int32_t* sequence_begin, int32_t num_sequences, int32_t index, Coun
     }
     return SequenceSlot{-1, 0};
 }
+
+// The prefill kernel for Hopper; head_dim is 64 or 128.
+void launch_prefill_wgmma(cudaStream_t queue, const AttentionArgs& a, int64_t head_dim);
 
 }  // namespace orbit::cuda

@@ -158,7 +158,7 @@ void run(Stream& stream, const Shape& s, const Tensors& in, const Tensors& out) 
     const ScratchScope scope(stream.scratch);
     attention(stream, whole_batch(stream, s, in), flat(out[0]), out[1].as<float>());
     int64_t count = 0;
-    for (const int64_t chunk : {int64_t{1}, int64_t{16}, int64_t{7}}) {
+    for (const int64_t chunk : {int64_t{1}, int64_t{16}, int64_t{7}, int64_t{200}}) {
         count += differing(stream, s, in, out[0], chunk);
     }
     const auto result = static_cast<float>(count);
@@ -328,8 +328,23 @@ void add_attention_cases(CaseList& cases) {
     add_long({1, 1100, 2, 1, 128, DType::kBF16});
     add_long({1, 1100, 2, 1, 128, DType::kF32});
     add_long({2, 140, 20, 1, 64, DType::kBF16});
+    // Several row blocks of the GPU's kernels, the last with one row or with all; groups of 4 and 8
+    // heads.
     for (const Shape& s :
-         {Shape{1, 150, 2, 1, 128, DType::kBF16}, Shape{2, 140, 3, 1, 64, DType::kBF16}}) {
+         {Shape{2, 385, 8, 1, 64, DType::kBF16},
+          Shape{1, 384, 8, 2, 128, DType::kBF16},
+          Shape{3, 129, 2, 2, 128, DType::kBF16},
+          Shape{1, 2048, 2, 1, 128, DType::kBF16}}) {
+        add_long(s);
+        cases.back().gpu_only = true;
+    }
+    for (const Shape& s :
+         {Shape{1, 150, 2, 1, 128, DType::kBF16},
+          Shape{2, 140, 3, 1, 64, DType::kBF16},
+          Shape{1, 300, 2, 1, 128, DType::kBF16},
+          Shape{1, 385, 2, 1, 64, DType::kBF16},
+          Shape{2, 65, 8, 1, 128, DType::kBF16},
+          Shape{1, 140, 8, 2, 64, DType::kBF16}}) {
         add_grad_case(cases, s);
         cases.back().gpu_only = true;
     }

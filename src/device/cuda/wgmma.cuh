@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 // sm_90a only; elsewhere the host never launches these kernels.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -34,7 +35,9 @@ __device__ __forceinline__ uint64_t descriptor_across_k(uint32_t address, uint32
 // Orders ordinary writes to shared memory before reads by the matrix unit; each writing thread,
 // before the barrier.
 __device__ __forceinline__ void fence_for_wgmma() {
+#if defined(ORBIT_HAS_WGMMA)
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
 
 // Before the first wgmma that uses registers the thread has written.
@@ -143,5 +146,101 @@ __device__ __forceinline__ void wgmma_64_128(float (&d)[16][4], uint64_t a, uint
     __trap();
 #endif
 }
+
+// Keeps the compiler from moving reads and writes of these registers across this point: after
+// wgmma_wait() for results, before wgmma_begin() for what the next wgmma takes.
+template <int kFragments, typename T>
+__device__ __forceinline__ void pin_registers(T (&d)[kFragments][4]) {
+#pragma unroll
+    for (int j = 0; j < kFragments; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            if constexpr (std::is_same_v<T, float>) {
+                asm volatile("" : "+f"(d[j][c])::"memory");
+            } else {
+                asm volatile("" : "+r"(d[j][c])::"memory");
+            }
+        }
+    }
+}
+
+#define ORBIT_D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define ORBIT_D32(j)                                                                 \
+    ORBIT_D4(j), ORBIT_D4(j + 1), ORBIT_D4(j + 2), ORBIT_D4(j + 3), ORBIT_D4(j + 4), \
+        ORBIT_D4(j + 5), ORBIT_D4(j + 6), ORBIT_D4(j + 7)
+#define ORBIT_FIRST_32                                              \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, " \
+    "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "  \
+    "%26, %27, %28, %29, %30, %31"
+#define ORBIT_NEXT_32                                                \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, " \
+    "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "   \
+    "%56, %57, %58, %59, %60, %61, %62, %63"
+
+// d = add ? d + a b : a b over 16 of the contraction, 64 rows of a and kN columns of b, both in
+// shared memory and along the contraction; asynchronous.
+template <int kN>
+__device__ __forceinline__ void wgmma_shared(
+    float (&d)[kN / 8][4], uint64_t a, uint64_t b, int add
+) {
+    static_assert(kN == 64 || kN == 128);
+#if defined(ORBIT_HAS_WGMMA)
+    if constexpr (kN == 64) {
+        asm volatile(
+            "{ .reg .pred add; setp.ne.b32 add, %34, 0; "
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " ORBIT_FIRST_32
+            "}, %32, %33, add, 1, 1, 0, 0; }"
+            : ORBIT_D32(0)
+            : "l"(a), "l"(b), "r"(add)
+        );
+    } else {
+        asm volatile(
+            "{ .reg .pred add; setp.ne.b32 add, %66, 0; "
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " ORBIT_FIRST_32 ORBIT_NEXT_32
+            "}, %64, %65, add, 1, 1, 0, 0; }"
+            : ORBIT_D32(0), ORBIT_D32(8)
+            : "l"(a), "l"(b), "r"(add)
+        );
+    }
+#else
+    __trap();
+#endif
+}
+
+// d += a b over 16 of the contraction: a in registers, each warp's 16 rows as mma.sync.m16n8k16
+// takes them; b in shared memory, its rows across the contraction; asynchronous, and a must stay
+// as it is until the group is waited for.
+template <int kN>
+__device__ __forceinline__ void wgmma_registers(
+    float (&d)[kN / 8][4], const uint32_t (&a)[4], uint64_t b
+) {
+    static_assert(kN == 64 || kN == 128);
+#if defined(ORBIT_HAS_WGMMA)
+    if constexpr (kN == 64) {
+        asm volatile(
+            "{ .reg .pred add; setp.ne.b32 add, 1, 0; "
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " ORBIT_FIRST_32
+            "}, {%32, %33, %34, %35}, %36, add, 1, 1, 1; }"
+            : ORBIT_D32(0)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+        );
+    } else {
+        asm volatile(
+            "{ .reg .pred add; setp.ne.b32 add, 1, 0; "
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " ORBIT_FIRST_32 ORBIT_NEXT_32
+            "}, {%64, %65, %66, %67}, %68, add, 1, 1, 1; }"
+            : ORBIT_D32(0), ORBIT_D32(8)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+        );
+    }
+#else
+    __trap();
+#endif
+}
+
+#undef ORBIT_D4
+#undef ORBIT_D32
+#undef ORBIT_FIRST_32
+#undef ORBIT_NEXT_32
 
 }  // namespace orbit::cuda
