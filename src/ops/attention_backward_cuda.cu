@@ -1,9 +1,11 @@
 // Attention backward for batches of whole sequences: weights are rebuilt from the log-sum-exp. Two
 // passes, so that every sum has one owner and one order: dq by query rows over ascending key tiles;
-// dk and dv by key rows over the heads of the group, then ascending query tiles.
+// dk and dv by key rows over the heads of the group, then ascending query tiles. Hopper has its own
+// kernels for both.
 #include "device/cuda/rows.cuh"
 #include "ops/attention_backward_cuda.cuh"
 #include "ops/cuda_ops.h"
+#include "ops/matmul_cuda.cuh"
 
 namespace orbit::cuda {
 namespace {
@@ -305,6 +307,10 @@ void launch_backward(cudaStream_t queue, const BackwardArgs& a) {
     const int64_t head_rows = static_cast<int64_t>(a.num_tokens) * a.heads;
     delta_kernel<kHeadDim><<<grid_dim(ceil_div(head_rows, 8)), 256, 0, queue>>>(a, head_rows);
     LAUNCH_CHECK();
+    if (has_wgmma()) {
+        launch_backward_wgmma(queue, a, kHeadDim);
+        return;
+    }
     const unsigned tiles = grid_dim(a.num_tokens / kRows + a.num_sequences);
     constexpr int kQueryBytes = 4 * BackwardTile<kHeadDim>::kBytes;
     allow_shared_memory(dq_kernel<kHeadDim>, kQueryBytes);
