@@ -310,6 +310,13 @@ struct OftBound {
     double theta = 0;
 };
 
+// From ||Q||_F^2 and ||Q^2||_F^2.
+inline OftBound oft_bound_of(double squares, double squares_of_square) {
+    return {
+        __builtin_sqrt(squares),
+        __builtin_sqrt(__builtin_sqrt(squares_of_square) * 0.7071067811865476)};
+}
+
 // Sum of squares of a [b, b] matrix; one partial sum per column, so that the loop vectorises.
 template <typename S>
 static double oft_sum_of_squares(const S* matrix, int64_t b, S* sums) {
@@ -335,10 +342,8 @@ static OftBound oft_bound(const S* v, int64_t b, S* work) {
     S* sums = work + 2 * b * b;
     oft_unpack(v, b, q);
     oft_product(q, q, square, b);
-    const double norm_of_square = __builtin_sqrt(oft_sum_of_squares(square, b, sums));
-    return {
-        __builtin_sqrt(oft_sum_of_squares(q, b, sums)),
-        __builtin_sqrt(norm_of_square * 0.7071067811865476)};
+    const double squares_of_square = oft_sum_of_squares(square, b, sums);
+    return oft_bound_of(oft_sum_of_squares(q, b, sums), squares_of_square);
 }
 
 }  // namespace orbit

@@ -3,6 +3,7 @@
 #include <map>
 
 #include "adapter/experts.h"
+#include "ops/oft_transform.h"
 #include "ops/optimizer.h"
 
 namespace orbit {
@@ -324,12 +325,54 @@ std::vector<RoundRange> lora_ranges(const std::vector<SiteLayout>& sites) {
     return ranges;
 }
 
+// Every row of skew values, in the order of the bounds.
+std::vector<OftRow> oft_rows(const std::vector<SiteLayout>& sites) {
+    std::vector<OftRow> rows;
+    for (const SiteLayout& site : sites) {
+        if (site.kind != AdapterKind::kOft || !site.owns_first) {
+            continue;
+        }
+        const int64_t copies = site.rows < site.num_blocks ? site.num_blocks : 1;
+        for (int64_t row = 0; row < site.rows; ++row) {
+            rows.push_back(
+                {site.master + row * oft_parameters(site.block),
+                 site.copy + row * site.block * site.block,
+                 static_cast<int32_t>(copies),
+                 static_cast<int32_t>(site.block)}
+            );
+        }
+    }
+    return rows;
+}
+
+// Whether the GPU has its own transforms for this adapter; else the host does them.
+bool on_device(const Stream& stream, const AdapterStore::State& state) {
+    const OftTransform& t = state.extras.transform;
+    const bool series = !t.exact && t.degree == 4 && t.last == 1.0f;
+    return !stream.is_cpu() &&
+           (state.num_oft_rows == 0 || (series && state.block_max <= kOftDeviceBlockMax));
+}
+
+void derive_on_device(Stream& stream, const AdapterStore::State& state, char* copies) {
+    CHECK(state.compute == DType::kBF16);
+    auto* to = reinterpret_cast<bf16*>(copies);
+    cuda::round_ranges(stream, lora_ranges(state.sites), state.masters, to);
+    if (state.num_oft_rows == 0) {
+        return;
+    }
+    const std::vector<OftRow> rows = oft_rows(state.sites);
+    std::vector<OftRowBound> squares(rows.size());
+    cuda::oft_derive_rows(stream, rows, state.masters, to, squares);
+    std::vector<OftBound> bounds;
+    for (const OftRowBound& row : squares) {
+        bounds.push_back(oft_bound_of(row.squares, row.squares_of_square));
+    }
+    oft_check_bounds(oft_job(state), bounds);
+}
+
 void derive_copies(Stream& stream, const AdapterStore::State& state, char* copies) {
-    if (!stream.is_cpu() && state.num_oft_rows == 0) {
-        CHECK(state.compute == DType::kBF16);
-        return cuda::round_ranges(
-            stream, lora_ranges(state.sites), state.masters, reinterpret_cast<bf16*>(copies)
-        );
+    if (on_device(stream, state)) {
+        return derive_on_device(stream, state, copies);
     }
     std::vector<float> staging;
     const float* masters = masters_on_host(stream, state, staging);
@@ -449,6 +492,17 @@ void AdapterStore::zero_gradients(Stream& stream) {
 void AdapterStore::finish_gradients(Stream& stream) {
     if (state_->num_oft_rows == 0) {
         return;
+    }
+    if (on_device(stream, *state_)) {
+        cuda::oft_gradient_rows(
+            stream,
+            oft_rows(state_->sites),
+            state_->masters,
+            state_->delta_gradients,
+            state_->gradients
+        );
+        const auto count = static_cast<size_t>(state_->num_copied);
+        return zero_fill(stream, state_->delta_gradients, count * sizeof(float));
     }
     const size_t bytes = static_cast<size_t>(state_->num_parameters) * sizeof(float);
     const size_t delta_bytes = static_cast<size_t>(state_->num_copied) * sizeof(float);

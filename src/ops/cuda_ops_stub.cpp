@@ -1,6 +1,7 @@
 // Linked instead of ops/*.cu when the build has no CUDA.
 #include "base/error.h"
 #include "ops/cuda_ops.h"
+#include "ops/oft_transform.h"
 
 namespace orbit::cuda {
 namespace {
@@ -58,6 +59,14 @@ void swiglu_backward(Stream&, Tensor, Tensor, Tensor, Tensor, Tensor) {
 }
 
 void add(Stream&, Tensor, Tensor, Tensor) {
+    no_cuda();
+}
+
+void oft_derive_rows(Stream&, std::span<const OftRow>, const float*, bf16*, std::span<OftRowBound>) {
+    no_cuda();
+}
+
+void oft_gradient_rows(Stream&, std::span<const OftRow>, const float*, const float*, float*) {
     no_cuda();
 }
 

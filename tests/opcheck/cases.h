@@ -14,5 +14,6 @@ void add_logprob_cases(CaseList& cases);
 void add_embed_cases(CaseList& cases);
 void add_optimizer_cases(CaseList& cases);
 void add_moe_cases(CaseList& cases);
+void add_oft_transform_cases(CaseList& cases);
 
 }  // namespace orbit::opcheck

@@ -21,6 +21,7 @@ constexpr void (*kRegistrations[])(CaseList&) = {
     add_logprob_cases,
     add_embed_cases,
     add_optimizer_cases,
+    add_oft_transform_cases,
     add_moe_cases,
 };
 
