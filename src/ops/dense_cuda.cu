@@ -117,7 +117,7 @@ void check_supported(WeightFormat format) {
         "F32 and F16 weights are rounded to BF16 at load on a GPU; this one was not."
     );
     USER_CHECK(
-        format <= WeightFormat::kQ4_1,
+        format <= WeightFormat::kNvFp4,
         "{} weights are not supported on a GPU yet; use device = \"cpu\" (--device cpu).",
         format_name(format)
     );
@@ -258,6 +258,12 @@ void matmul_group(
             return matmul_format<WeightFormat::kQ4_0>(queue, direction, group);
         case WeightFormat::kQ4_1:
             return matmul_format<WeightFormat::kQ4_1>(queue, direction, group);
+        case WeightFormat::kFp8:
+            return matmul_format<WeightFormat::kFp8>(queue, direction, group);
+        case WeightFormat::kMxFp4:
+            return matmul_format<WeightFormat::kMxFp4>(queue, direction, group);
+        case WeightFormat::kNvFp4:
+            return matmul_format<WeightFormat::kNvFp4>(queue, direction, group);
         default:
             break;  // check_supported has refused the rest
     }

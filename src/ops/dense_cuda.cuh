@@ -15,6 +15,11 @@ struct RotateArgs {
     int32_t width = 0;
     int32_t block = 0;
     bool accumulate = false;  // y = round(y + x + ...)
+    // Rows sorted by expert: rows [offsets[e], offsets[e + 1]) use the rotation e * distance
+    // elements behind d. Null: one rotation for all rows.
+    const int32_t* offsets = nullptr;
+    int32_t experts = 0;
+    int64_t distance = 0;
 };
 
 // y = round(x + x D), or with transpose round(x + x D^T). oft_cuda.cu.

@@ -46,6 +46,22 @@ void launch_embed(Stream& stream, const WeightView& table, const int32_t* ids, T
     LAUNCH_CHECK();
 }
 
+// Bytes of a row of scales.
+int32_t scale_stride(const QuantizedMatrix& w) {
+    switch (w.format) {
+        case WeightFormat::kInt4:
+            return static_cast<int32_t>(w.cols / w.group_size * 2);
+        case WeightFormat::kFp8:
+            return static_cast<int32_t>(ceil_div(w.cols, kFp8Block) * 4);
+        case WeightFormat::kMxFp4:
+            return static_cast<int32_t>(ceil_div(w.cols, kMxFp4Group));
+        case WeightFormat::kNvFp4:
+            return static_cast<int32_t>(ceil_div(w.cols, kNvFp4Group));
+        default:
+            return 0;
+    }
+}
+
 }  // namespace
 
 WeightView weight_view(const QuantizedMatrix& w) {
@@ -62,14 +78,18 @@ WeightView weight_view(const QuantizedMatrix& w) {
         );
         CHECK_EQ(w.cols % w.group_size, 0);
     }
+    const bool divides = w.format == WeightFormat::kNvFp4 && w.global_divides;
     return WeightView{
         static_cast<const uint8_t*>(w.data),
-        w.scales,
+        is_int4 ? reinterpret_cast<const uint8_t*>(w.scales)
+                : static_cast<const uint8_t*>(w.block_scales),
         row_bytes(w.format, w.cols),
         static_cast<int32_t>(w.rows),
         static_cast<int32_t>(w.cols),
         is_int4 ? __builtin_ctz(static_cast<unsigned>(w.group_size)) : 0,
-        is_int4 ? static_cast<int32_t>(w.cols / w.group_size) : 0,
+        scale_stride(w),
+        w.global_scale,
+        divides ? 1.0f / w.global_scale : 0.0f,
     };
 }
 
@@ -89,6 +109,12 @@ void embed(Stream& stream, const QuantizedMatrix& table, const int32_t* ids, Ten
             return launch_embed<WeightFormat::kQ4_0>(stream, view, ids, y);
         case WeightFormat::kQ4_1:
             return launch_embed<WeightFormat::kQ4_1>(stream, view, ids, y);
+        case WeightFormat::kFp8:
+            return launch_embed<WeightFormat::kFp8>(stream, view, ids, y);
+        case WeightFormat::kMxFp4:
+            return launch_embed<WeightFormat::kMxFp4>(stream, view, ids, y);
+        case WeightFormat::kNvFp4:
+            return launch_embed<WeightFormat::kNvFp4>(stream, view, ids, y);
         default:
             throw UserError(fmt::format(
                 "an embedding in {} is not supported on a GPU; use device = \"cpu\".",

@@ -256,16 +256,6 @@ void grouped_linear_backward(
     std::span<const AdapterGrad> grads
 ) {
     if (!stream.is_cpu()) {
-        // Experts run side by side there, and would add to a shared gradient at once.
-        const auto shared = [&](auto member) {
-            return grads.size() > 1 && grads[0].*member != nullptr &&
-                   grads[0].*member == grads[1].*member;
-        };
-        CHECK(
-            !shared(&AdapterGrad::lora_a) && !shared(&AdapterGrad::lora_b) &&
-                !shared(&AdapterGrad::oft_d),
-            "(shared adapters are trained on the CPU)"
-        );
         cuda::grouped_linear_backward(stream, p, dy, dx, accumulate_dx, grads);
         return;
     }

@@ -19,20 +19,23 @@ constexpr int kDecodeRows = 8;  // weight rows of a warp
 template <WeightFormat kFormat>
 struct DecodeLayout {
     static constexpr int kBlock = BlockBytes<kFormat>::value;
-    static constexpr bool kAligned =
-        kFormat == WeightFormat::kBF16 || kFormat == WeightFormat::kInt4;
+    static constexpr bool kAligned = kFormat == WeightFormat::kBF16 || kScalesApart<kFormat>;
     // Columns of one stage: such that its bytes in a row are a multiple of 16, so that a row's
     // place inside a granule stays the same.
-    static constexpr int kChunk = kFormat == WeightFormat::kBF16 ? 64 : 256;
+    static constexpr int kChunk = kFormat == WeightFormat::kBF16  ? 64
+                                  : kFormat == WeightFormat::kFp8 ? 128
+                                                                  : 256;
     static constexpr int kBytes = kChunk / 32 * kBlock;  // of one row of a stage
     static_assert(kBytes % 16 == 0);
     // 16-byte granules that cover them, wherever a row starts inside a granule.
     static constexpr int kGranules = kAligned ? kBytes / 16 : (kBytes + 14 + 15) / 16;
     static constexpr int kPerLane = (kDecodeRows * kGranules + 31) / 32;
-    static constexpr int kStride = kFormat == WeightFormat::kBF16   ? 160
-                                   : kFormat == WeightFormat::kInt4 ? 144
-                                                                    : kGranules * 16;
-    static constexpr int kScaleStride = kFormat == WeightFormat::kInt4 ? 32 : 0;
+    static constexpr int kStride = kFormat == WeightFormat::kBF16 ? 160
+                                   : kScalesApart<kFormat>        ? 144
+                                                                  : kGranules * 16;
+    // Scales travel through the ring too, but for kFp8: one of them serves many rows.
+    static constexpr bool kScalesInRing = kScalesApart<kFormat> && kFormat != WeightFormat::kFp8;
+    static constexpr int kScaleStride = kScalesInRing ? 32 : 0;
     static constexpr int kStageBytes = kDecodeRows * (kStride + kScaleStride);
     static constexpr int kRingBytes = kDecodeStages * kStageBytes;
 };
@@ -42,10 +45,10 @@ __device__ __forceinline__ uint32_t read_u16(const char* at) {
 }
 
 // One row's 32 columns as four pairs: columns 4q, 4q + 1 and 4q + 2, 4q + 3 of the first 16, then
-// of the second 16. `block` points at the block in shared memory.
+// of the second 16. `block` points at the block in shared memory; `scale`: a ScaleWord.
 template <WeightFormat kFormat>
 __device__ __forceinline__ void decode_quad(
-    const char* block, bf16 scale, int q, uint32_t (&pair)[4]
+    const WeightView& w, const char* block, uint32_t scale, int q, uint32_t (&pair)[4]
 ) {
     if constexpr (kFormat == WeightFormat::kBF16) {
         const auto low = *reinterpret_cast<const uint2*>(block + 8 * q);
@@ -54,14 +57,20 @@ __device__ __forceinline__ void decode_quad(
         pair[1] = low.y;
         pair[2] = high.x;
         pair[3] = high.y;
-    } else if constexpr (kFormat == WeightFormat::kInt4) {
-        const __nv_bfloat162 s = both_halves(scale);
+    } else if constexpr (kScalesApart<kFormat>) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            uint32_t nibbles = read_u16(block + 8 * half + 2 * q);
-            nibbles |= nibbles << 12;
-            pair[2 * half] = int4_pair(nibbles, s);
-            pair[2 * half + 1] = int4_pair(nibbles >> 8, s);
+            const PairScale<kFormat> s(w, scale, half);
+            if constexpr (kFormat == WeightFormat::kFp8) {
+                const auto codes = *reinterpret_cast<const uint32_t*>(block + 16 * half + 4 * q);
+                pair[2 * half] = s.pair(codes & 0xffffu);
+                pair[2 * half + 1] = s.pair(codes >> 16);
+            } else {
+                uint32_t nibbles = read_u16(block + 8 * half + 2 * q);
+                nibbles |= nibbles << 12;
+                pair[2 * half] = s.pair(nibbles);
+                pair[2 * half + 1] = s.pair(nibbles >> 8);
+            }
         }
     } else if constexpr (kFormat == WeightFormat::kQ8_0) {
         const float d = half_bits_to_float(read_u16(block));
@@ -105,7 +114,7 @@ struct WeightStream {
     char* ring;                      // of this warp
     int32_t chunk = 0;               // the next to copy
     int32_t shift;                   // where the lane's row (g) starts inside a granule
-    const char* scales;              // kInt4: of row lane / 2 (copied), byte address
+    const char* scales;              // with scales apart: of row lane / 2 (copied)
     const char* lane_scales;         // of row g (read)
 
     __device__ __forceinline__
@@ -136,14 +145,14 @@ struct WeightStream {
         shift = static_cast<int>(reinterpret_cast<uintptr_t>(row_at(lane >> 2)) & 15);
         scales = nullptr;
         lane_scales = nullptr;
-        if constexpr (kFormat == WeightFormat::kInt4) {
-            const auto scale_row = [&](int row) {
+        if constexpr (kScalesApart<kFormat>) {
+            const auto scales_at = [&](int row) {
                 return reinterpret_cast<const char*>(
-                    w.scales + static_cast<int64_t>(min(row0 + row, w.rows - 1)) * w.scale_stride
+                    scale_row<kFormat>(w, min(row0 + row, w.rows - 1))
                 );
             };
-            scales = scale_row((lane >> 1) & 7);
-            lane_scales = scale_row(lane >> 2);
+            scales = scales_at((lane >> 1) & 7);
+            lane_scales = scales_at(lane >> 2);
         }
     }
 
@@ -161,12 +170,13 @@ struct WeightStream {
                 from[i] += Layout::kBytes;
                 left[i] -= Layout::kBytes;
             }
-            if constexpr (kFormat == WeightFormat::kInt4) {
+            if constexpr (Layout::kScalesInRing) {
                 const int lane = threadIdx.x & 31;
                 if (lane < 2 * kDecodeRows) {
                     const int32_t last = min(k + Layout::kChunk, k_end) - 1;
-                    const char* first_byte = scales + 2 * (k >> a.w.group_shift);
-                    const char* end = scales + 2 * (last >> a.w.group_shift) + 2;
+                    const char* first_byte = scales + scale_offset<kFormat>(a.w, k);
+                    const char* end =
+                        scales + scale_offset<kFormat>(a.w, last) + kScaleBytes<kFormat>;
                     const char* at = first_byte - (reinterpret_cast<uintptr_t>(first_byte) & 15) +
                                      (lane & 1) * 16;
                     copy_async_16(
@@ -236,8 +246,8 @@ __device__ __forceinline__ void multiply_segment(
         const char* stage = stream.ring + c % kDecodeStages * Layout::kStageBytes;
         const char* row = stage + g * Layout::kStride + stream.shift;
         const char* scale_row = nullptr;
-        if constexpr (kFormat == WeightFormat::kInt4) {
-            const char* first = stream.lane_scales + 2 * (k0 >> a.w.group_shift);
+        if constexpr (Layout::kScalesInRing) {
+            const char* first = stream.lane_scales + scale_offset<kFormat>(a.w, k0);
             scale_row = stage + kDecodeRows * Layout::kStride + g * Layout::kScaleStride +
                         (reinterpret_cast<uintptr_t>(first) & 15);
         }
@@ -255,13 +265,18 @@ __device__ __forceinline__ void multiply_segment(
                 if (k + 32 * b >= k_end) {
                     break;
                 }
-                bf16 scale{};
-                if constexpr (kFormat == WeightFormat::kInt4) {
-                    const int group = ((k + 32 * b) >> a.w.group_shift) - (k0 >> a.w.group_shift);
-                    scale.bits = static_cast<uint16_t>(read_u16(scale_row + 2 * group));
+                uint32_t scale = 0;
+                if constexpr (Layout::kScalesInRing) {
+                    const int32_t at =
+                        scale_offset<kFormat>(a.w, k + 32 * b) - scale_offset<kFormat>(a.w, k0);
+                    scale = *reinterpret_cast<const ScaleWord<kFormat>*>(scale_row + at);
+                } else if constexpr (kScalesApart<kFormat>) {
+                    scale = __ldg(reinterpret_cast<const uint32_t*>(
+                        stream.lane_scales + scale_offset<kFormat>(a.w, k)
+                    ));
                 }
                 uint32_t pair[4];
-                decode_quad<kFormat>(row + (2 * sub + b) * Layout::kBlock, scale, q, pair);
+                decode_quad<kFormat>(a.w, row + (2 * sub + b) * Layout::kBlock, scale, q, pair);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int step = 2 * b + half;

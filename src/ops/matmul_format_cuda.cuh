@@ -9,12 +9,10 @@ namespace orbit::cuda {
 // Member R, plain: one warp a tile of 16 x 8, elements read one by one. For shapes whose rows are
 // not 16-byte aligned.
 template <WeightFormat kFormat, bool kBackward>
-__global__ void __launch_bounds__(32) matmul_plain_kernel(const __grid_constant__ MatmulArgs a) {
+__device__ __forceinline__ void multiply_plain(const MatmulArgs& a, int32_t m0, int32_t n0) {
     const int lane = threadIdx.x;
     const int g = lane >> 2;
     const int q2 = 2 * (lane & 3);
-    const int32_t n0 = static_cast<int32_t>(blockIdx.x) * 8;
-    const int32_t m0 = static_cast<int32_t>(blockIdx.y) * 16;
     const auto x_at = [&](int32_t m, int32_t k) -> uint32_t {
         return m < a.m && k < a.k ? a.x[m * a.ldx + k].bits : 0u;
     };
@@ -61,6 +59,13 @@ __global__ void __launch_bounds__(32) matmul_plain_kernel(const __grid_constant_
             finish_one(e, add_lora(e, acc[c], lora[c]), m, n0 + q2 + (c & 1), a.n);
         }
     }
+}
+
+template <WeightFormat kFormat, bool kBackward>
+__global__ void __launch_bounds__(32) matmul_plain_kernel(const __grid_constant__ MatmulArgs a) {
+    multiply_plain<kFormat, kBackward>(
+        a, static_cast<int32_t>(blockIdx.y) * 16, static_cast<int32_t>(blockIdx.x) * 8
+    );
 }
 
 template <WeightFormat kFormat, bool kBackward>
@@ -165,8 +170,9 @@ void matmul_format(cudaStream_t queue, Direction direction, MatmulGroup& group) 
         const MatmulArgs& a = group.args[i];
         const auto address =
             reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.w.data);
+        constexpr int32_t kUnit = kFormat == WeightFormat::kBF16 ? 8 : 32;  // of a row's columns
         aligned =
-            aligned && a.k % 8 == 0 && a.ldx % 8 == 0 && a.w.cols % 8 == 0 && address % 16 == 0;
+            aligned && a.k % 8 == 0 && a.ldx % 8 == 0 && a.w.cols % kUnit == 0 && address % 16 == 0;
         segmented = segmented || a.segment < a.k;
     }
     const bool forward = direction == Direction::kForward;

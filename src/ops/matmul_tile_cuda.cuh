@@ -163,9 +163,10 @@ struct TilePacked {
     static constexpr int kBlock = BlockBytes<kFormat>::value;
     RawUnit<kFormat> raw[kDepth][kPerThread];
     const uint8_t* block[kPerThread];
-    const bf16* scale[kPerThread];  // kInt4: of the unit's row
-    int32_t column;                 // of the units, in the matrix
-    int32_t at_k;                   // of the first unit, inside a step
+    const uint8_t* scale[kPerThread];  // of the unit's row, in formats with scales apart
+    int32_t column;                    // of the units, in the matrix
+    int32_t at_k;                      // of the first unit, inside a step
+    int32_t step_row = 0;              // kFp8, backward: the first row of the step
 
     static __device__ __forceinline__ int first_row() { return Shape::thread() / kRowUnits; }
 
@@ -179,8 +180,8 @@ struct TilePacked {
             const int64_t row =
                 kBackward ? min(w_row, a.w.rows - 1) : min(n0 + w_row, a.w.rows - 1);
             block[i] = a.w.data + row * a.w.row_bytes + (column >> 5) * kBlock;
-            if constexpr (kFormat == WeightFormat::kInt4) {
-                scale[i] = a.w.scales + row * a.w.scale_stride;
+            if constexpr (kScalesApart<kFormat>) {
+                scale[i] = scale_row<kFormat>(a.w, row);
             }
         }
     }
@@ -194,31 +195,35 @@ struct TilePacked {
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
             if (owns(i) && at_k + (kBackward ? i * kRowStep : 0) < left) {
-                const bf16* scale_at = nullptr;
-                if constexpr (kFormat == WeightFormat::kInt4) {
-                    scale_at = scale[i] + (column >> a.w.group_shift);
+                const uint8_t* scale_at = nullptr;
+                if constexpr (kScalesApart<kFormat>) {
+                    scale_at = scale[i] + scale_offset<kFormat>(a.w, column);
                 }
                 fetch_unit<kFormat>(raw[kSlot][i], block[i], scale_at);
             } else {
                 zero_unit<kFormat>(raw[kSlot][i]);
             }
             block[i] += kBackward ? kTileK * a.w.row_bytes : 2 * kBlock;
-            if constexpr (kFormat == WeightFormat::kInt4 && kBackward) {
+            if constexpr (kFormat == WeightFormat::kFp8 && kBackward) {
+                // A row of scales serves 128 rows, two steps.
+                scale[i] += (step_row & kTileK) != 0 ? a.w.scale_stride : 0;
+            } else if constexpr (kScalesApart<kFormat> && kBackward) {
                 scale[i] += kTileK * a.w.scale_stride;
             }
         }
         column += kBackward ? 0 : kTileK;
+        step_row += kTileK;
     }
 
     template <int kSlot>
-    __device__ __forceinline__ void store(char* tile) const {
+    __device__ __forceinline__ void store(const MatmulArgs& a, char* tile) const {
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
             if (owns(i)) {
                 const int row = first_row() + i * kRowStep;
                 const int granule = Shape::thread() % kRowUnits * 4;
                 uint32_t pairs[16];
-                decode_unit<kFormat>(raw[kSlot][i], pairs);
+                decode_unit<kFormat>(a.w, raw[kSlot][i], pairs);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     auto* at =
@@ -260,7 +265,7 @@ __device__ __forceinline__ void start_packed(
     for_slots<Weights::kDepth>([&](auto slot) {
         w.template fetch<slot.value>(a, length - slot.value * kTileK);
     });
-    w.template store<0>(tile);
+    w.template store<0>(a, tile);
     w.template fetch<0>(a, length - Weights::kDepth * kTileK);
 }
 
@@ -269,7 +274,7 @@ template <int kSlot, typename Weights>
 __device__ __forceinline__ void advance_packed(
     Weights& w, const MatmulArgs& a, int32_t length, int32_t step, char* tile
 ) {
-    w.template store<kSlot>(tile);
+    w.template store<kSlot>(a, tile);
     w.template fetch<kSlot>(a, length - (step + 1 + Weights::kDepth) * kTileK);
 }
 
@@ -513,20 +518,16 @@ __device__ __forceinline__ void close_segment(
     }
 }
 
+// The output tile at (m0, n0); the whole block works on it.
 // kTeams > 1: as many teams as the contraction has segments, each takes one. Else one team walks
 // through all of it, and with kSegmented adds up segment by segment.
 template <typename Shape, WeightFormat kFormat, bool kBackward, bool kSegmented, int kTeams>
-__global__ void __launch_bounds__(Shape::kThreads* kTeams)
-    matmul_tile_kernel(const __grid_constant__ MatmulGroup group) {
-    extern __shared__ __align__(1024) char shared[];
+__device__ __forceinline__ void multiply_through_tile(
+    const MatmulArgs& a, int32_t m0, int32_t n0, char* shared
+) {
     constexpr bool kPlain = kFormat == WeightFormat::kBF16;
     static_assert(Shape::kOutputBytes * 2 <= Shape::kSharedBytes || kTeams == 1);
     static_assert(Shape::kOutputBytes <= Shape::kSharedBytes);
-    int32_t block = 0;
-    int32_t m0 = 0;
-    int32_t n0 = 0;
-    const MatmulArgs& a = product_of_block(group, block);
-    tile_corner<Shape>(a, block, m0, n0);
     const int team = kTeams == 1 ? 0 : static_cast<int>(threadIdx.x) / Shape::kThreads;
     const int32_t k_begin = kTeams == 1 ? 0 : team * a.segment;
     const int32_t length = kTeams == 1 ? a.k : min(a.segment, a.k - k_begin);
@@ -638,6 +639,18 @@ __global__ void __launch_bounds__(Shape::kThreads* kTeams)
         m0,
         n0
     );
+}
+
+template <typename Shape, WeightFormat kFormat, bool kBackward, bool kSegmented, int kTeams>
+__global__ void __launch_bounds__(Shape::kThreads* kTeams)
+    matmul_tile_kernel(const __grid_constant__ MatmulGroup group) {
+    extern __shared__ __align__(1024) char shared[];
+    int32_t block = 0;
+    int32_t m0 = 0;
+    int32_t n0 = 0;
+    const MatmulArgs& a = product_of_block(group, block);
+    tile_corner<Shape>(a, block, m0, n0);
+    multiply_through_tile<Shape, kFormat, kBackward, kSegmented, kTeams>(a, m0, n0, shared);
 }
 
 // Numbers the blocks of a group's products; returns how many there are.

@@ -44,10 +44,11 @@ __device__ __forceinline__ void add_fragments(
     }
 }
 
+// The output tile at (m0, n0); the whole block works on it.
 template <WeightFormat kFormat, bool kBackward, bool kSegmented>
-__global__ void __launch_bounds__(256, kSegmented ? 1 : 2)
-    matmul_wgmma_kernel(const __grid_constant__ MatmulGroup group) {
-    extern __shared__ __align__(1024) char shared[];
+__device__ __forceinline__ void multiply_through_wgmma(
+    const MatmulArgs& a, int32_t m0, int32_t n0, char* shared
+) {
     using Shape = WgmmaTile<kSegmented>;
     static_assert(Shape::kThreads == 256 && Shape::kOutputBytes <= Shape::kSharedBytes);
     constexpr bool kPlain = kFormat == WeightFormat::kBF16;
@@ -55,11 +56,6 @@ __global__ void __launch_bounds__(256, kSegmented ? 1 : 2)
     // multiplies while the other waits, and the stage is better spent on loading further ahead.
     constexpr bool kQueues = kSegmented;
     constexpr int kAhead = Shape::kStages - (kQueues ? 2 : 1);  // steps loaded before their turn
-    int32_t block = 0;
-    int32_t m0 = 0;
-    int32_t n0 = 0;
-    const MatmulArgs& a = product_of_block(group, block);
-    tile_corner<Shape>(a, block, m0, n0);
     const int32_t steps = (a.k + kTileK - 1) / kTileK;
     const int32_t segment_steps = a.segment / kTileK;
     const uint32_t base = shared_address(shared);
@@ -143,6 +139,18 @@ __global__ void __launch_bounds__(256, kSegmented ? 1 : 2)
     }
     __syncthreads();
     store_output<Shape>(a, out, 1, 0, nullptr, m0, n0);
+}
+
+template <WeightFormat kFormat, bool kBackward, bool kSegmented>
+__global__ void __launch_bounds__(256, kSegmented ? 1 : 2)
+    matmul_wgmma_kernel(const __grid_constant__ MatmulGroup group) {
+    extern __shared__ __align__(1024) char shared[];
+    int32_t block = 0;
+    int32_t m0 = 0;
+    int32_t n0 = 0;
+    const MatmulArgs& a = product_of_block(group, block);
+    tile_corner<WgmmaTile<kSegmented>>(a, block, m0, n0);
+    multiply_through_wgmma<kFormat, kBackward, kSegmented>(a, m0, n0, shared);
 }
 
 template <WeightFormat kFormat, bool kBackward, bool kSegmented>

@@ -31,7 +31,7 @@ struct RoutingPages {
     int64_t token_bytes() const { return layers * layer_bytes(); }
 };
 
-// Whether route() on this device reads and writes RoutingPages: so far on the CPU.
+// Whether route() on this device reads and writes RoutingPages.
 bool can_record_routing(const Device& device);
 
 struct RouterParams {
@@ -93,7 +93,7 @@ struct DequantOptions {
 
 // The decoded matrices, in scratch memory of the stream that lives as long as the caller's scope.
 // A matrix that is still there is not decoded again: backward walks the experts in the opposite
-// order, so it begins with what the recomputed forward left. On a GPU it is not used yet.
+// order, so it begins with what the recomputed forward left. On a GPU every product decodes anew.
 class DequantBuffer {
   public:
     DequantBuffer(Stream& stream, int64_t bytes)

@@ -2,6 +2,7 @@
 // x in fp32, one rounding. Block sizes 16, 32, 64, 128 on tensor cores; any other by plain loops
 // (the choice depends on the block size alone, so it never splits rollout from training).
 #include "ops/dense_cuda.cuh"
+#include "ops/grouped_cuda.cuh"
 
 namespace orbit::cuda {
 namespace {
@@ -70,6 +71,23 @@ __device__ __forceinline__ void store_rotated(
     *reinterpret_cast<uint32_t*>(at) = pack_bf16(v0, v1);
 }
 
+// With experts: goes on to the rows and the rotation of the expert that owns tile `row0` of
+// kRotateRows rows. False: there is none.
+__device__ __forceinline__ bool take_expert(RotateArgs& a, int32_t& row0) {
+    if (a.offsets == nullptr) {
+        return true;
+    }
+    int32_t expert = 0;
+    int32_t row = 0;
+    if (!find_tile<kRotateRows>(a.offsets, a.experts, row0 / kRotateRows, expert, row)) {
+        return false;
+    }
+    row0 = a.offsets[expert] + row;
+    a.rows = a.offsets[expert + 1];
+    a.d += expert * a.distance;
+    return true;
+}
+
 template <int kBlock, bool kTranspose>
 __global__ void __launch_bounds__(kRotateThreads) rotate_kernel(RotateArgs a) {
     extern __shared__ __align__(1024) char shared[];
@@ -77,7 +95,10 @@ __global__ void __launch_bounds__(kRotateThreads) rotate_kernel(RotateArgs a) {
     const int lane = threadIdx.x & 31;
     const int warp_row = static_cast<int>(threadIdx.x >> 5) * 16;
     const int32_t col0 = static_cast<int32_t>(blockIdx.x) * kWindow;
-    const int32_t row0 = static_cast<int32_t>(blockIdx.y) * kRotateRows;
+    int32_t row0 = static_cast<int32_t>(blockIdx.y) * kRotateRows;
+    if (!take_expert(a, row0)) {
+        return;
+    }
     const uint32_t x_tile = shared_address(shared);
     const uint32_t d_tile = x_tile + Shared::kBytesX;
     load_rotate_rows(a, x_tile, row0, col0);
@@ -154,6 +175,9 @@ __global__ void __launch_bounds__(256) rotate_plain_kernel(RotateArgs a, bool tr
     const int32_t j = col % a.block;
     const bf16* x = a.x + row * a.width + col - j;
     const bf16* d = a.d + static_cast<int64_t>(col - j) * a.block;
+    for (int32_t e = 1; e < a.experts; ++e) {
+        d += a.offsets[e] <= row ? a.distance : 0;
+    }
     float acc = 0.0f;
     for (int32_t i = 0; i < a.block; ++i) {
         const bf16 r = transpose ? d[static_cast<int64_t>(j) * a.block + i]
@@ -171,6 +195,13 @@ template <int kBlock, bool kTranspose>
 void launch_rotate(cudaStream_t queue, const RotateArgs& a) {
     const auto kernel = rotate_kernel<kBlock, kTranspose>;
     allow_shared_memory(kernel, RotateShared<kBlock>::kBytes);
+    if (a.offsets != nullptr) {
+        const int64_t tiles = ceil_div(a.rows, kRotateRows) + std::min(a.rows, a.experts);
+        const dim3 grid(grid_dim(ceil_div(a.width, kWindow)), grid_dim_yz(tiles));
+        kernel<<<grid, kRotateThreads, RotateShared<kBlock>::kBytes, queue>>>(a);
+        LAUNCH_CHECK();
+        return;
+    }
     constexpr int32_t kSlice = 32768 * kRotateRows;
     for (int32_t row = 0; row < a.rows; row += kSlice) {
         RotateArgs part = a;

@@ -7,6 +7,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "device/cuda/check.cuh"
 #include "device/cuda/mma.cuh"
 #include "quant/quantized_matrix.h"
@@ -15,12 +17,15 @@ namespace orbit::cuda {
 
 struct WeightView {
     const uint8_t* data;
-    const bf16* scales;
+    const uint8_t* scales;  // kInt4: bf16; kFp8: float, one row of them for 128 rows; codes
     int64_t row_bytes;
     int32_t rows;
     int32_t cols;
     int32_t group_shift;   // kInt4: log2 of the group size
-    int32_t scale_stride;  // kInt4: scales in a row
+    int32_t scale_stride;  // bytes of a row of scales
+    // kNvFp4. The inverse is 0 where the global scale multiplies.
+    float global_scale;
+    float global_inverse;
 };
 
 template <WeightFormat kFormat>
@@ -33,6 +38,21 @@ struct BlockBytes<WeightFormat::kBF16> {
 
 template <>
 struct BlockBytes<WeightFormat::kInt4> {
+    static constexpr int value = 16;
+};
+
+template <>
+struct BlockBytes<WeightFormat::kFp8> {
+    static constexpr int value = 32;
+};
+
+template <>
+struct BlockBytes<WeightFormat::kMxFp4> {
+    static constexpr int value = 16;
+};
+
+template <>
+struct BlockBytes<WeightFormat::kNvFp4> {
     static constexpr int value = 16;
 };
 
@@ -50,6 +70,45 @@ template <>
 struct BlockBytes<WeightFormat::kQ4_1> {
     static constexpr int value = 20;
 };
+
+// Bytes of one scale, in the formats whose scales lie apart from the data.
+template <WeightFormat kFormat>
+constexpr int kScaleBytes = kFormat == WeightFormat::kInt4    ? 2
+                            : kFormat == WeightFormat::kFp8   ? 4
+                            : kFormat == WeightFormat::kMxFp4 ? 1
+                            : kFormat == WeightFormat::kNvFp4 ? 1
+                                                              : 0;
+
+template <WeightFormat kFormat>
+constexpr bool kScalesApart = kScaleBytes<kFormat> > 0;
+
+// Rows that share one row of scales, as a shift.
+template <WeightFormat kFormat>
+constexpr int kScaleRowShift = kFormat == WeightFormat::kFp8 ? 7 : 0;
+
+template <WeightFormat kFormat>
+__device__ __forceinline__ const uint8_t* scale_row(const WeightView& w, int64_t row) {
+    return w.scales + (row >> kScaleRowShift<kFormat>)*w.scale_stride;
+}
+
+// Bytes from the start of a row of scales to a column's.
+template <WeightFormat kFormat>
+__device__ __forceinline__ int32_t scale_offset(const WeightView& w, int32_t col) {
+    if constexpr (kFormat == WeightFormat::kInt4) {
+        return 2 * (col >> w.group_shift);
+    } else if constexpr (kFormat == WeightFormat::kFp8) {
+        return 4 * (col >> 7);
+    } else {
+        return col >> (kFormat == WeightFormat::kMxFp4 ? 5 : 4);
+    }
+}
+
+// The scales of 32 columns as they are stored: kNvFp4 has two, in the low 16 bits.
+template <WeightFormat kFormat>
+using ScaleWord = std::conditional_t<
+    kFormat == WeightFormat::kFp8,
+    uint32_t,
+    std::conditional_t<kFormat == WeightFormat::kMxFp4, uint8_t, uint16_t>>;
 
 __device__ __forceinline__ float half_bits_to_float(uint32_t bits) {
     return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
@@ -70,22 +129,98 @@ __device__ __forceinline__ uint32_t int4_pair(uint32_t nibbles, __nv_bfloat162 s
     return bits;
 }
 
-__device__ __forceinline__ __nv_bfloat162 both_halves(bf16 scale) {
-    const __nv_bfloat16 s = __ushort_as_bfloat16(scale.bits);
+__device__ __forceinline__ __nv_bfloat162 both_halves(uint32_t bits) {
+    const __nv_bfloat16 s = __ushort_as_bfloat16(static_cast<uint16_t>(bits));
     return __halves2bfloat162(s, s);
+}
+
+// E2M1 codes in bits 0-3 and 16-19, moved to the places of sign, exponent and mantissa of a 16-bit
+// float that has `kShift` mantissa bits more; the exponent's bias is still to be made up for.
+template <int kShift>
+__device__ __forceinline__ uint32_t spread_e2m1(uint32_t codes) {
+    constexpr uint32_t kMagnitude = (7u << kShift) * 0x00010001u;
+    return ((codes << kShift) & kMagnitude) | ((codes << 12) & 0x80008000u);
+}
+
+// 2^(code - 127) in bf16; 0 is a subnormal and 255 is NaN.
+__device__ __forceinline__ uint32_t e8m0_bits(uint32_t code) {
+    return code == 0u ? 0x0040u : code == 255u ? 0x7fc0u : code << 7;
+}
+
+// Two codes times an E8M0 scale: 2^126 makes up for the bias, both products are exact.
+__device__ __forceinline__ uint32_t mxfp4_pair(uint32_t codes, __nv_bfloat162 scale) {
+    const uint32_t spread = spread_e2m1<6>(codes);
+    __nv_bfloat162 pair;
+    memcpy(&pair, &spread, 4);
+    pair = __hmul2_rn(__hmul2_rn(pair, both_halves(0x7e80u)), scale);
+    uint32_t bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
+
+__device__ __forceinline__ uint32_t scaled_halves(uint32_t halves, float scale) {
+    return pack_bf16(
+        __fmul_rn(half_bits_to_float(halves & 0xffffu), scale),
+        __fmul_rn(half_bits_to_float(halves >> 16), scale)
+    );
+}
+
+// Two codes times a float scale that was multiplied by 2^14, the bias (an exact step).
+__device__ __forceinline__ uint32_t nvfp4_pair(uint32_t codes, float scale) {
+    return scaled_halves(spread_e2m1<9>(codes), scale);
+}
+
+// Two E4M3 codes, in bits 0-7 and 8-15, times the scale.
+__device__ __forceinline__ uint32_t fp8_pair(uint32_t codes, float scale) {
+#if __CUDA_ARCH__ >= 890
+    uint32_t halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(codes)));
+    return scaled_halves(halves, scale);
+#else
+    return pack_bf16(
+        __fmul_rn(e4m3_to_float(static_cast<uint8_t>(codes)), scale),
+        __fmul_rn(e4m3_to_float(static_cast<uint8_t>(codes >> 8)), scale)
+    );
+#endif
+}
+
+// code / global or code * global, rounded once. A product with the rounded inverse and one
+// correction give the quotient's bits: a code has four significant bits, and all 8 x 2^23 pairs of
+// mantissas were tried.
+__device__ __forceinline__ float nvfp4_scale(const WeightView& w, uint32_t code) {
+    const float scale = e4m3_to_float(static_cast<uint8_t>(code));
+    if (w.global_inverse == 0.0f) {
+        return __fmul_rn(scale, w.global_scale);
+    }
+    const float quotient = __fmul_rn(scale, w.global_inverse);
+    const float rest = __fmaf_rn(-quotient, w.global_scale, scale);
+    return __fmaf_rn(rest, w.global_inverse, quotient);
 }
 
 // One element, rounded to bf16; for gathers and the plain kernels.
 template <WeightFormat kFormat>
 __device__ __forceinline__ bf16 weight_value(const WeightView& w, int64_t row, int64_t col) {
     const uint8_t* bytes = w.data + row * w.row_bytes;
+    [[maybe_unused]] const auto column = static_cast<int32_t>(col);
     if constexpr (kFormat == WeightFormat::kBF16) {
         return reinterpret_cast<const bf16*>(bytes)[col];
     } else if constexpr (kFormat == WeightFormat::kInt4) {
         const uint32_t word = reinterpret_cast<const uint32_t*>(bytes)[col >> 3];
         const int q = static_cast<int>((word >> (4 * (col & 7))) & 15u) - 8;
-        const float scale = to_float(w.scales[row * w.scale_stride + (col >> w.group_shift)]);
+        const auto* at = scale_row<kFormat>(w, row) + scale_offset<kFormat>(w, column);
+        const float scale = to_float(*reinterpret_cast<const bf16*>(at));
         return round_bf16(__fmul_rn(static_cast<float>(q), scale));
+    } else if constexpr (kFormat == WeightFormat::kFp8) {
+        const auto* at = scale_row<kFormat>(w, row) + scale_offset<kFormat>(w, column);
+        const float scale = *reinterpret_cast<const float*>(at);
+        return round_bf16(__fmul_rn(e4m3_to_float(bytes[col]), scale));
+    } else if constexpr (kScalesApart<kFormat>) {
+        const uint32_t code = *(scale_row<kFormat>(w, row) + scale_offset<kFormat>(w, column));
+        const float scale = kFormat == WeightFormat::kNvFp4
+                                ? nvfp4_scale(w, code)
+                                : e8m0_to_float(static_cast<uint8_t>(code));
+        const uint32_t nibble = bytes[col >> 1] >> (4 * (col & 1));
+        return round_bf16(__fmul_rn(e2m1_to_float(nibble), scale));
     } else {
         const uint8_t* block = bytes + (col >> 5) * BlockBytes<kFormat>::value;
         const auto* half_words = reinterpret_cast<const uint16_t*>(block);
@@ -110,21 +245,24 @@ template <WeightFormat kFormat>
 struct RawUnit {
     static constexpr int kWords = (BlockBytes<kFormat>::value + 3) / 4;
     uint32_t word[kWords];
-    bf16 scale;  // kInt4
+    uint32_t scale;  // a ScaleWord, in formats with scales apart
 };
 
-// `block`: the 32 columns' bytes. `scale`: their group's, for kInt4.
+// `block`: the 32 columns' bytes. `scale`: theirs, in formats with scales apart.
 template <WeightFormat kFormat>
 __device__ __forceinline__ void fetch_unit(
-    RawUnit<kFormat>& raw, const uint8_t* block, const bf16* scale
+    RawUnit<kFormat>& raw, const uint8_t* block, const uint8_t* scale
 ) {
-    if constexpr (kFormat == WeightFormat::kInt4) {
-        const uint4 v = __ldg(reinterpret_cast<const uint4*>(block));
-        raw.word[0] = v.x;
-        raw.word[1] = v.y;
-        raw.word[2] = v.z;
-        raw.word[3] = v.w;
-        raw.scale.bits = __ldg(&scale->bits);
+    if constexpr (kScalesApart<kFormat>) {
+#pragma unroll
+        for (int i = 0; i < RawUnit<kFormat>::kWords / 4; ++i) {
+            const uint4 v = __ldg(reinterpret_cast<const uint4*>(block) + i);
+            raw.word[4 * i] = v.x;
+            raw.word[4 * i + 1] = v.y;
+            raw.word[4 * i + 2] = v.z;
+            raw.word[4 * i + 3] = v.w;
+        }
+        raw.scale = __ldg(reinterpret_cast<const ScaleWord<kFormat>*>(scale));
     } else if constexpr (kFormat == WeightFormat::kQ4_1) {
         const auto* from = reinterpret_cast<const uint32_t*>(block);
 #pragma unroll
@@ -145,32 +283,81 @@ __device__ __forceinline__ void fetch_unit(
 
 template <WeightFormat kFormat>
 __device__ __forceinline__ void zero_unit(RawUnit<kFormat>& raw) {
-    // All nibbles 8 with scale 0, or all bytes 0 with d = 0: zeros after decoding.
+    // Scale 0, or d = 0, or codes 0: zeros after decoding.
 #pragma unroll
     for (int i = 0; i < RawUnit<kFormat>::kWords; ++i) {
         raw.word[i] = 0;
     }
-    raw.scale.bits = 0;
+    raw.scale = 0;
 }
 
 __device__ __forceinline__ float nibble_float(uint32_t word, int i) {
     return static_cast<float>((word >> (4 * i)) & 15u);
 }
 
+// What a pair of codes is multiplied by, made from a ScaleWord: of 16 columns, in formats with
+// scales apart.
+template <WeightFormat kFormat>
+struct PairScale {
+    static constexpr bool kIsPair =
+        kFormat == WeightFormat::kInt4 || kFormat == WeightFormat::kMxFp4;
+    std::conditional_t<kIsPair, __nv_bfloat162, float> value;
+
+    // `half`: 0 or 1, of the 32 columns.
+    __device__ __forceinline__ PairScale(const WeightView& w, uint32_t word, int half) {
+        if constexpr (kFormat == WeightFormat::kInt4) {
+            value = both_halves(word);
+        } else if constexpr (kFormat == WeightFormat::kMxFp4) {
+            value = both_halves(e8m0_bits(word));
+        } else if constexpr (kFormat == WeightFormat::kFp8) {
+            value = __uint_as_float(word);
+        } else {
+            value = __fmul_rn(nvfp4_scale(w, (word >> (8 * half)) & 0xffu), 16384.0f);
+        }
+    }
+
+    // Two 4-bit codes in bits 0-3 and 16-19, other bits anything; or two bytes.
+    __device__ __forceinline__ uint32_t pair(uint32_t codes) const {
+        if constexpr (kFormat == WeightFormat::kInt4) {
+            return int4_pair(codes, value);
+        } else if constexpr (kFormat == WeightFormat::kMxFp4) {
+            return mxfp4_pair(codes, value);
+        } else if constexpr (kFormat == WeightFormat::kFp8) {
+            return fp8_pair(codes, value);
+        } else {
+            return nvfp4_pair(codes, value);
+        }
+    }
+};
+
+// Eight columns of a format with scales apart, from one word of 4-bit codes or two of bytes.
+template <WeightFormat kFormat>
+__device__ __forceinline__ void decode_eight(
+    const PairScale<kFormat>& scale, const uint32_t* words, uint32_t* out
+) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (kFormat == WeightFormat::kFp8) {
+            out[i] = scale.pair((words[i / 2] >> (16 * (i & 1))) & 0xffffu);
+        } else {
+            // Columns k and k + 1: bits 0-3 and 4-7 of a byte; the second moves up to bit 16.
+            const uint32_t byte = (words[0] >> (8 * i)) & 0xffu;
+            out[i] = scale.pair(byte | (byte << 12));
+        }
+    }
+}
+
 // Decodes to 16 packed pairs: out[i] = columns 2i, 2i + 1.
 template <WeightFormat kFormat>
-__device__ __forceinline__ void decode_unit(const RawUnit<kFormat>& raw, uint32_t (&out)[16]) {
-    if constexpr (kFormat == WeightFormat::kInt4) {
-        const __nv_bfloat162 scale = both_halves(raw.scale);
+__device__ __forceinline__ void decode_unit(
+    const WeightView& w, const RawUnit<kFormat>& raw, uint32_t (&out)[16]
+) {
+    if constexpr (kScalesApart<kFormat>) {
+        constexpr int kWords = RawUnit<kFormat>::kWords / 4;  // of eight columns
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            // Column k and k + 1 of a word: bits 0-3 and 4-7; the second moves up to bit 16.
-            const uint32_t w = raw.word[i];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const uint32_t byte = (w >> (8 * j)) & 0xffu;
-                out[4 * i + j] = int4_pair(byte | (byte << 12), scale);
-            }
+            const PairScale<kFormat> scale(w, raw.scale, i / 2);
+            decode_eight<kFormat>(scale, &raw.word[kWords * i], &out[4 * i]);
         }
     } else if constexpr (kFormat == WeightFormat::kQ8_0) {
         const float d = half_bits_to_float(raw.word[0]);

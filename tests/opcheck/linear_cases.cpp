@@ -301,7 +301,10 @@ void add_gpu_cases(CaseList& cases) {
           WeightFormat::kInt4,
           WeightFormat::kQ8_0,
           WeightFormat::kQ4_0,
-          WeightFormat::kQ4_1}) {
+          WeightFormat::kQ4_1,
+          WeightFormat::kFp8,
+          WeightFormat::kMxFp4,
+          WeightFormat::kNvFp4}) {
         add_f32_out({format, 300, 1056, 136});  // one piece
         add_f32_out({format, 150, 2336, 96});   // two
         add_f32_out({format, 13, 4320, 48});    // four; up to 16 rows

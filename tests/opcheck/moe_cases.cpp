@@ -15,6 +15,10 @@
 namespace orbit::opcheck {
 namespace {
 
+// Where the router sends the tokens: by chance; 1 to expert 1, 17 to expert 2 and the rest to
+// expert 3, none to the others; all to expert 2.
+enum class Spread : uint8_t { kEven, kUneven, kOneExpert };
+
 struct Shape {
     WeightFormat format = WeightFormat::kBF16;
     int64_t tokens = 0;
@@ -27,6 +31,7 @@ struct Shape {
     int64_t adapter_size = 0;  // rank or block size
     DType compute = DType::kBF16;
     int64_t dequant_bytes = 0;  // > 0: experts are decoded first
+    Spread spread = Spread::kEven;
 };
 
 enum Projection : size_t { kGate, kUp, kDown, kProjections };
@@ -174,22 +179,26 @@ Tensor scratch(Stream& stream, const Shape& s, int64_t rows, int64_t cols) {
     return stream.scratch.take(s.compute, {rows, cols});
 }
 
-Activations forward(const Block& block, Stream& stream, const Tensors& in, const Tensor& y) {
-    const Shape& s = block.shape;
-    const int64_t tokens = in[kX].rows();
-    const int64_t rows = tokens * s.selected;
+Activations routed(const Shape& s, Stream& stream, const Tensors& in) {
     Activations a;
-    if (s.dequant_bytes > 0) {
-        a.dequant.emplace(stream, s.dequant_bytes);
-    }
     a.router.x = in[kX];
     a.router.weight.rows = s.experts;
     a.router.weight.cols = s.width;
     a.router.weight.data = in[kRouter].data;
     a.router.num_selected = static_cast<int32_t>(s.selected);
     a.router.normalize = s.normalize;
-    a.routing = make_routing(stream, tokens, s.experts, s.selected);
+    a.routing = make_routing(stream, in[kX].rows(), s.experts, s.selected);
     route(stream, a.router, a.routing);
+    return a;
+}
+
+Activations forward(const Block& block, Stream& stream, const Tensors& in, const Tensor& y) {
+    const Shape& s = block.shape;
+    const int64_t rows = in[kX].rows() * s.selected;
+    Activations a = routed(s, stream, in);
+    if (s.dequant_bytes > 0) {
+        a.dequant.emplace(stream, s.dequant_bytes);
+    }
     a.rows = scratch(stream, s, rows, s.width);
     dispatch_rows(stream, a.routing, in[kX], a.rows);
     const auto project = [&](Projection projection, const Tensor& x) {
@@ -339,6 +348,26 @@ Values reference(const Shape& s, const Values& in) {
     return {y};
 }
 
+// The first E values of a token and the diagonal of the router's first E columns decide, where the
+// spread is not by chance.
+void steer(const Shape& s, std::vector<float>& x, std::vector<float>& router) {
+    if (s.spread == Spread::kEven) {
+        return;
+    }
+    for (int64_t e = 0; e < s.experts; ++e) {
+        router[static_cast<size_t>(e * s.width + e)] = 1.0f;
+    }
+    for (int64_t t = 0; t < s.tokens; ++t) {
+        const bool all = s.spread == Spread::kOneExpert;
+        const int64_t expert = all ? 2 : t < 1 ? 1 : t < 18 ? 2 : 3;
+        x[static_cast<size_t>(t * s.width + expert)] = 16.0f;
+    }
+}
+
+const char* spread_name(Spread spread) {
+    return spread == Spread::kUneven ? " uneven" : spread == Spread::kOneExpert ? " to one" : "";
+}
+
 const char* adapter_name(AdapterKind kind) {
     return kind == AdapterKind::kLora ? " lora" : kind == AdapterKind::kOft ? " oft" : "";
 }
@@ -367,15 +396,9 @@ void add_adapters(const Shape& s, Random& random, Case& c) {
     }
 }
 
-void add_case(CaseList& cases, const Shape& s) {
-    Random random(cases.size() + 1);
-    const bool f32 = s.compute == DType::kF32;
-    Block block;
-    block.shape = s;
-    Case c;
-    c.op = "moe";
-    c.name = fmt::format(
-        "{} {}x{}x{} {} of {}{}{}{}{}",
+std::string name_of(const Shape& s) {
+    return fmt::format(
+        "{} {}x{}x{} {} of {}{}{}{}{}{}",
         format_name(s.format),
         s.tokens,
         s.width,
@@ -384,18 +407,28 @@ void add_case(CaseList& cases, const Shape& s) {
         s.experts,
         s.normalize ? "" : " raw",
         adapter_name(s.adapter),
+        spread_name(s.spread),
         s.dequant_bytes > 0 ? fmt::format(" decoded {}", s.dequant_bytes) : "",
-        f32 ? " (f32)" : ""
+        s.compute == DType::kF32 ? " (f32)" : ""
     );
+}
+
+// Fills in the block's projections too.
+Case make_case(const Shape& s, Random& random, Block& block) {
+    const bool f32 = s.compute == DType::kF32;
+    Case c;
+    c.op = "moe";
+    c.name = name_of(s);
     const int64_t count = s.tokens * s.width;
+    std::vector<float> x = random.normals(count);
+    const std::vector<float> residual = random.normals(count);
+    std::vector<float> router =
+        random.normals(s.experts * s.width, s.spread == Spread::kEven ? 0.2f : 0.05f);
+    steer(s, x, router);
     c.inputs = {
-        with_grad(
-            per_row(input("x", s.compute, {s.tokens, s.width}, random.normals(count))), s.compute
-        ),
-        per_row(input("residual", s.compute, {s.tokens, s.width}, random.normals(count))),
-        input(
-            "router", DType::kBF16, {s.experts, s.width}, random.normals(s.experts * s.width, 0.2f)
-        )};
+        with_grad(per_row(input("x", s.compute, {s.tokens, s.width}, x)), s.compute),
+        per_row(input("residual", s.compute, {s.tokens, s.width}, residual)),
+        input("router", DType::kBF16, {s.experts, s.width}, router)};
     for (size_t projection = 0; projection < kProjections; ++projection) {
         Experts& experts = block.projections[projection];
         experts = make_experts(s, projection, random);
@@ -416,7 +449,112 @@ void add_case(CaseList& cases, const Shape& s) {
     c.reference = [s](const Values& in) { return reference(s, in); };
     c.forward_tolerance = f32 ? 2e-5 : 3e-2;
     c.grad_tolerance = f32 ? 1e-4 : 2e-2;
+    return c;
+}
+
+void add_case(CaseList& cases, const Shape& s) {
+    Random random(cases.size() + 1);
+    Block block;
+    block.shape = s;
+    cases.push_back(make_case(s, random, block));
+}
+
+// The gradient that reaches a token through the gate projections of its experts, as an op of its
+// own: a token alone and all of them take different kernels, and must give the same bits.
+void run_dx(const Block& block, Stream& stream, const Tensors& in, const Tensor& out) {
+    const Shape& s = block.shape;
+    const ScratchScope scope(stream.scratch);
+    const Routing routing = routed(s, stream, in).routing;
+    const int64_t rows = in[kX].rows() * s.selected;
+    const Tensor x = scratch(stream, s, rows, s.width);
+    const Tensor dy = scratch(stream, s, rows, s.expert_width);
+    const Tensor dx = scratch(stream, s, rows, s.width);
+    dispatch_rows(stream, routing, in[kX], x);
+    dispatch_rows(stream, routing, in[kResidual], dy);
+    std::optional<DequantBuffer> dequant;
+    if (s.dequant_bytes > 0) {
+        dequant.emplace(stream, s.dequant_bytes);
+    }
+    const auto weights = block.weights(kGate, in);
+    const auto adapters = block.adapters(kGate, in);
+    const GroupedLinearParams p{
+        x, weights, adapters, routing.offsets, dequant ? &*dequant : nullptr};
+    grouped_linear_backward(stream, p, dy, dx, false, {});
+    dispatch_rows_backward(stream, routing, dx, out, false);
+    synchronize(stream);
+}
+
+Case make_dx_case(const Shape& s) {
+    Random random(2);
+    Block block;
+    block.shape = s;
+    Case c = make_case(s, random, block);
+    c.inputs[kX].grad = false;
+    c.inputs[kResidual] = per_row(input(
+        "dy", s.compute, {s.tokens, s.expert_width}, random.normals(s.tokens * s.expert_width)
+    ));
+    c.outputs = {{"dx", s.compute, {s.tokens, s.width}, true}};
+    c.run = [block](Stream& stream, const Tensors& in, const Tensors& out) {
+        run_dx(block, stream, in, out[0]);
+    };
+    c.backward = nullptr;
+    return c;
+}
+
+// Compares rows only, the reference is too slow; made just before it runs.
+void add_gpu_case(CaseList& cases, const char* op, const Shape& s, bool dx) {
+    Case c;
+    c.op = op;
+    c.gpu_only = true;
+    c.prepare = [s, dx](Case& self) {
+        const std::string name = self.op;
+        Random random(1);
+        Block block;
+        block.shape = s;
+        self = dx ? make_dx_case(s) : make_case(s, random, block);
+        self.op = name;
+        self.reference = nullptr;
+    };
     cases.push_back(c);
+}
+
+// Shapes that bring in each of the GPU's kernels: tokens alone the decode kernel, all of them the
+// middle or the large tile, with weights decoded inside or before.
+void add_gpu_cases(CaseList& cases) {
+    const auto add = [&](const Shape& s) {
+        add_gpu_case(cases, "moe", s, false);
+        add_gpu_case(cases, "moe_dx", s, true);
+    };
+    for (const WeightFormat format :
+         {WeightFormat::kBF16,
+          WeightFormat::kInt4,
+          WeightFormat::kFp8,
+          WeightFormat::kMxFp4,
+          WeightFormat::kNvFp4}) {
+        add({format, 30, 256, 160, 8, 3});   // 11 rows an expert
+        add({format, 100, 256, 160, 8, 3});  // 37
+        Shape many{format, 700, 256, 160, 6, 2};
+        add(many);
+        many.dequant_bytes = 4 * 256 * 160 * 2;  // four experts, then two
+        add(many);
+        many.adapter = AdapterKind::kLora;
+        many.adapter_size = 16;
+        add(many);
+        many.adapter = AdapterKind::kOft;
+        many.adapter_size = 32;
+        many.dequant_bytes = 0;
+        add(many);
+        Shape skewed{format, 300, 256, 160, 8, 1};
+        skewed.spread = Spread::kUneven;
+        add(skewed);
+        skewed.spread = Spread::kOneExpert;
+        add(skewed);
+    }
+    Shape wide{WeightFormat::kInt4, 64, 2048, 256, 24, 8};  // a long contraction
+    add(wide);
+    wide.adapter = AdapterKind::kLora;
+    wide.adapter_size = 16;
+    add(wide);
 }
 
 }  // namespace
@@ -441,6 +579,14 @@ void add_moe_cases(CaseList& cases) {
         add({WeightFormat::kBF16, 3, 32, 8, 1, 1});
         add({WeightFormat::kBF16, 4, 32, 8, 6, 6, false, AdapterKind::kLora, 2});
         add({WeightFormat::kInt4, 70, 64, 96, 16, 4});
+        for (const Spread spread : {Spread::kUneven, Spread::kOneExpert}) {
+            for (const AdapterKind kind :
+                 {AdapterKind::kNone, AdapterKind::kLora, AdapterKind::kOft}) {
+                Shape s{WeightFormat::kInt4, 150, 64, 32, 6, 1, false, kind, 16};
+                s.spread = spread;
+                add(s);
+            }
+        }
         const auto add_decoded = [&](WeightFormat format, AdapterKind adapter, int64_t bytes) {
             Shape s{format, 40, 64, 96, 4, 2, true, adapter, 16};
             s.dequant_bytes = bytes;
@@ -450,7 +596,9 @@ void add_moe_cases(CaseList& cases) {
         add_decoded(WeightFormat::kInt4, AdapterKind::kLora, 3 * kMatrix);
         add_decoded(WeightFormat::kMxFp4, AdapterKind::kOft, kMatrix / 2);
         add_decoded(WeightFormat::kNvFp4, AdapterKind::kLora, kMatrix / 2);
+        add_decoded(WeightFormat::kFp8, AdapterKind::kNone, kMatrix);
     }
+    add_gpu_cases(cases);
 }
 
 }  // namespace orbit::opcheck

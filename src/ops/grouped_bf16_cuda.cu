@@ -1,0 +1,8 @@
+#include "ops/grouped_format_cuda.cuh"
+
+namespace orbit::cuda {
+
+template void
+grouped_matmul_format<WeightFormat::kBF16>(cudaStream_t, Direction, const GroupedArgs&);
+
+}  // namespace orbit::cuda

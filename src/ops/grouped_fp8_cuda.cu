@@ -1,0 +1,10 @@
+#include "ops/grouped_format_cuda.cuh"
+
+namespace orbit::cuda {
+
+template void
+grouped_matmul_format<WeightFormat::kFp8>(cudaStream_t, Direction, const GroupedArgs&);
+template void
+decode_experts<WeightFormat::kFp8>(cudaStream_t, const GroupedArgs&, int32_t, int32_t, bf16*);
+
+}  // namespace orbit::cuda
