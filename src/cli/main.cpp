@@ -267,7 +267,10 @@ void add_bench(CLI::App& app, BenchArgs& args, Action& action) {
     BenchOptions& o = args.options;
     command->add_option("MODEL", args.model, "Hugging Face folder or GGUF file");
     command->add_option("--shape", args.shape, "a synthetic model of a published shape instead");
-    command->add_option("--format", args.format, "of the synthetic linears: bf16 or int4")
+    command
+        ->add_option(
+            "--format", args.format, "of the synthetic linears: bf16, int4, fp8, mxfp4, nvfp4"
+        )
         ->capture_default_str();
     command->add_option("--adapter", o.adapter, "lora, oft or none")
         ->capture_default_str()

@@ -264,7 +264,7 @@ int64_t dequant_bytes(const ModelConfig& c, const DequantOptions& options, int64
 }
 
 int64_t dequant_bytes(const Model& model, int64_t tokens) {
-    return model.arena.device().is_cpu() ? dequant_bytes(model.config, model.dequant, tokens) : 0;
+    return dequant_bytes(model.config, model.dequant, tokens);
 }
 
 Tensor forward_hidden(Pass& pass, std::vector<Tensor>* layer_inputs) {

@@ -16,7 +16,8 @@ std::vector<std::string> synthetic_shapes();  // "qwen3-0.6b", ...
 // UserError for an unknown shape (with the nearest name).
 ModelConfig synthetic_config(const std::string& shape);
 
-// format: "bf16" or "int4" (linears; embedding and head stay BF16).
+// format: "bf16", "int4", "fp8", "mxfp4" or "nvfp4" (linears; embedding, head and routers stay
+// BF16).
 std::unique_ptr<Model> make_synthetic_model(
     Stream& stream, const std::string& shape, const std::string& format
 );

@@ -90,10 +90,12 @@ Tensor rotated(Stream& stream, const Tensor& x, const Tensor& oft_d) {
     return xr;
 }
 
-// Rows [begin, begin + count) of a packed weight.
-WeightView rows_of_weight(WeightView w, int64_t begin, int64_t count) {
+// Rows [begin, begin + count) of a packed weight; begin is a multiple of 128.
+WeightView rows_of_weight(WeightView w, WeightFormat format, int64_t begin, int64_t count) {
     w.data += begin * w.row_bytes;
-    w.scales = w.scales == nullptr ? nullptr : w.scales + begin * w.scale_stride;
+    if (w.scales != nullptr) {
+        w.scales += (format == WeightFormat::kFp8 ? begin / 128 : begin) * w.scale_stride;
+    }
     w.rows = static_cast<int32_t>(count);
     return w;
 }
@@ -369,7 +371,7 @@ void head_backward(Stream& stream, Tensor dlogits, const QuantizedMatrix& w, Ten
         MatmulArgs a = whole;
         const int64_t begin = i * part;
         a.x += begin;
-        a.w = rows_of_weight(whole.w, begin, std::min(part, whole.k - begin));
+        a.w = rows_of_weight(whole.w, w.format, begin, std::min(part, whole.k - begin));
         a.k = a.w.rows;
         a.epilogue.y = sums.as<float>() + i * dh.numel();
         a.epilogue.f32_out = true;

@@ -212,7 +212,8 @@ void launch_best_grouped(cudaStream_t queue, const GroupedArgs& g) {
     }
     if constexpr (kFormat == WeightFormat::kBF16) {
         if (g.one.epilogue.columns <= NarrowTile::kN) {  // an adapter's rank
-            return launch_grouped_tile<NarrowTile, kFormat, kBackward>(queue, g);
+            using Narrow = std::conditional_t<kBackward, NarrowBackwardTile, NarrowTile>;
+            return launch_grouped_tile<Narrow, kFormat, kBackward>(queue, g);
         }
     }
     if (rows_per_expert <= kMediumRows || !has_wgmma()) {

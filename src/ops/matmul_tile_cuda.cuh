@@ -528,6 +528,7 @@ __device__ __forceinline__ void multiply_through_tile(
     constexpr bool kPlain = kFormat == WeightFormat::kBF16;
     static_assert(Shape::kOutputBytes * 2 <= Shape::kSharedBytes || kTeams == 1);
     static_assert(Shape::kOutputBytes <= Shape::kSharedBytes);
+    static_assert(!kBackward || Shape::kBytesW >= kColumnBlockBytes);
     const int team = kTeams == 1 ? 0 : static_cast<int>(threadIdx.x) / Shape::kThreads;
     const int32_t k_begin = kTeams == 1 ? 0 : team * a.segment;
     const int32_t length = kTeams == 1 ? a.k : min(a.segment, a.k - k_begin);
@@ -680,6 +681,7 @@ using MediumTile = TileShape<64, 64, 2, 2, 4>;
 using NarrowTile = TileShape<64, 32, 2, 2, 4>;
 using TinyTile = TileShape<64, 16, 4, 1, 4>;
 using TinyBackwardTile = TileShape<64, 16, 4, 1, 4, 64>;
+using NarrowBackwardTile = TileShape<64, 32, 2, 2, 4, 64>;
 using BroadTile = TileShape<64, 128, 2, 4, 4>;
 
 }  // namespace orbit::cuda

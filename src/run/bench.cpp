@@ -1,7 +1,9 @@
 #include "run/bench.h"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
+#include <optional>
 
 #include "base/log.h"
 #include "base/philox.h"
@@ -60,6 +62,7 @@ class Bench {
         ceilings();
         if (options_.kernels) {
             linears();
+            experts();
         }
         if (options_.decode) {
             for (const int64_t batch : options_.decode_batches) {
@@ -174,6 +177,9 @@ class Bench {
             {"down", &LayerWeights::down},
         };
         for (const auto& [name, part] : parts) {
+            if (!(model_.layers[0].*part).w.defined()) {  // a layer with experts
+                continue;
+            }
             for (const int64_t rows :
                  {int64_t{1},
                   int64_t{16},
@@ -186,6 +192,81 @@ class Bench {
                 }
                 linear_row(name, part, rows);
             }
+        }
+    }
+
+    // The products of a layer's experts, with as many rows for each.
+    void experts() {
+        if (!model_.layers[0].moe) {
+            return;
+        }
+        for (const bool down : {false, true}) {
+            for (const int64_t rows : {1, 8, 64, 256, 1024}) {
+                grouped_rows(down, rows, false);
+                if (rows >= 256 && model_.layers[0].moe->gate.w[0].scale_bytes() > 0) {
+                    grouped_rows(down, rows, true);
+                }
+            }
+        }
+    }
+
+    void grouped_rows(bool down, int64_t rows_each, bool decode_first) {
+        const ScratchScope scope(stream_.scratch);
+        const auto weights = [&](int i) -> const std::vector<QuantizedMatrix>& {
+            const auto& moe = model_.layers[static_cast<size_t>(i) % model_.layers.size()].moe;
+            return down ? moe->down.w : moe->gate.w;
+        };
+        const QuantizedMatrix& w = weights(0)[0];
+        const auto count = static_cast<int64_t>(weights(0).size());
+        const int64_t rows = rows_each * count;
+        const Tensor x = stream_.scratch.take(model_.compute, {rows, w.cols});
+        const Tensor y = stream_.scratch.take(model_.compute, {rows, w.rows});
+        const Tensor offsets = stream_.scratch.take(DType::kI32, {count + 1});
+        std::vector<int32_t> first;
+        for (int64_t e = 0; e <= count; ++e) {
+            first.push_back(static_cast<int32_t>(e * rows_each));
+        }
+        copy_to_device(stream_, offsets.data, first.data(), first.size() * sizeof(int32_t));
+        fill(x);
+        std::optional<DequantBuffer> buffer;
+        if (decode_first) {
+            buffer.emplace(stream_, std::min(DequantOptions{}.bytes, count * w.rows * w.cols * 2));
+        }
+        DequantBuffer* dequant = buffer ? &*buffer : nullptr;
+        const auto params = [&](int i) {
+            return GroupedLinearParams{x, weights(i), {}, offsets.as<int32_t>(), dequant};
+        };
+        const int inner = static_cast<int>(model_.layers.size());
+        const double n = static_cast<double>(rows);
+        const double flops = 2.0 * n * static_cast<double>(w.rows) * static_cast<double>(w.cols);
+        const double bytes =
+            static_cast<double>(count * w.bytes()) + 2.0 * n * static_cast<double>(w.rows + w.cols);
+        BenchRow row;
+        row.shape = fmt::format(
+            "{} {} {} x M={} N={} K={}{}",
+            down ? "down" : "gate",
+            format_name(w.format),
+            count,
+            rows_each,
+            w.rows,
+            w.cols,
+            decode_first ? " decoded first" : ""
+        );
+        const auto report = [&](const char* what, double seconds) {
+            row.what = what;
+            row.time_us = 1e6 * seconds;
+            row.floor_us = floor_us(bytes, flops);
+            row.note = fmt::format("{:.1f} TFLOP/s", flops / row.time_us * 1e-6);
+            add(row);
+        };
+        report("grouped", time_of(stream_, 5, inner, [&](int i) {
+                   grouped_linear(stream_, params(i), y);
+               }));
+        if (rows_each >= 64) {
+            fill(y);
+            report("grouped dgrad", time_of(stream_, 5, inner, [&](int i) {
+                       grouped_linear_backward(stream_, params(i), y, x, false, {});
+                   }));
         }
     }
 
@@ -230,7 +311,12 @@ class Bench {
 
     void fill(Tensor t) {
         std::vector<bf16> values(static_cast<size_t>(t.numel()));
+        constexpr size_t kPeriod = 4194301;  // a prime: no two rows are alike
         for (size_t i = 0; i < values.size(); ++i) {
+            if (i >= kPeriod) {
+                values[i] = values[i - kPeriod];
+                continue;
+            }
             const uint32_t word = philox(static_cast<uint32_t>(i), 5, 0, 0, 3, 0).word[0];
             values[i] = to_bf16(2.0f * uniform_from_word(word) - 1.0f);
         }
@@ -247,10 +333,24 @@ class Bench {
                  {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
                 bytes += static_cast<double>(l->w.bytes());
             }
+            if (layer.moe) {
+                bytes += expert_bytes(*layer.moe, batch);
+            }
         }
         bytes += adapter_bytes();
         return bytes + static_cast<double>(batch) * context * static_cast<double>(c.num_layers) *
                            4.0 * static_cast<double>(c.num_kv_heads * c.head_dim);
+    }
+
+    // Of the experts that `batch` tokens choose, if they choose by chance, and the router.
+    double expert_bytes(const MoeWeights& moe, int64_t batch) const {
+        const double each = static_cast<double>(
+            moe.gate.w[0].bytes() + moe.up.w[0].bytes() + moe.down.w[0].bytes()
+        );
+        const auto experts = static_cast<double>(model_.config.num_experts);
+        const double missed = 1.0 - static_cast<double>(model_.config.experts_per_token) / experts;
+        return each * experts * (1.0 - std::pow(missed, static_cast<double>(batch))) +
+               static_cast<double>(moe.router.bytes());
     }
 
     double adapter_bytes() const {
@@ -269,12 +369,20 @@ class Bench {
         return bytes;
     }
 
+    // That one token meets.
     double linear_parameters() const {
         double parameters = 0;
+        double in_experts = 0;
         for (const auto& site : model_.sites) {
-            parameters += static_cast<double>(site.in) * static_cast<double>(site.out);
+            const bool expert = site.module.find(".experts.") != std::string::npos;
+            (expert ? in_experts : parameters) +=
+                static_cast<double>(site.in) * static_cast<double>(site.out);
         }
-        return parameters;
+        const ModelConfig& c = model_.config;
+        const double share = c.num_experts == 0 ? 0.0
+                                                : static_cast<double>(c.experts_per_token) /
+                                                      static_cast<double>(c.num_experts);
+        return parameters + share * in_experts;
     }
 
     void decode(int64_t batch) {

@@ -486,7 +486,7 @@ void upload(Meter& meter, const BatchShape& batch) {
 
 // The buffer of experts that are decoded first.
 void decoded_experts(const ScratchModel& m, Meter& meter, int64_t tokens) {
-    const int64_t bytes = m.on_cpu ? dequant_bytes(m.config, m.dequant, tokens) : 0;
+    const int64_t bytes = dequant_bytes(m.config, m.dequant, tokens);
     if (bytes > 0) {
         meter.take(bytes);
     }

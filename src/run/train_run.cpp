@@ -549,9 +549,6 @@ RunResult start_run(const Config& config, std::string path) {
         path
     );
     Run run(config);
-    if (config.moe.dequant_rows > 0 && !run.device.is_cpu()) {
-        warn_line("moe.dequant_rows is not read on a GPU yet and changes nothing there");
-    }
     run.folder = RunFolder::create(path);
     run.folder->write_config(to_toml(config));
     print_ledger(run);
