@@ -93,14 +93,6 @@ struct Run {
             "moe.replay_routing is not there on {} yet; set it to false, or use device = \"cpu\".",
             device.name
         );
-        USER_CHECK(
-            device.is_cpu() || c.adapter.expert_sharing == "none" || model->config.num_experts == 0,
-            "adapter.expert_sharing = \"{}\" cannot be trained on {} yet; set it to \"none\", or "
-            "use "
-            "device = \"cpu\".",
-            c.adapter.expert_sharing,
-            device.name
-        );
         trainer.emplace(stream, *model, *adapter, c.train, filter, c.moe.replay_routing);
         engine.emplace(stream, *model, adapter.get(), engine_options(c, longest));
     }
