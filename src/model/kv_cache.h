@@ -35,7 +35,7 @@ class KvCache {
             );
         }
         const int64_t expert_layers = c.num_expert_layers();
-        if (record_routing && expert_layers > 0 && can_record_routing(arena_.device())) {
+        if (record_routing && expert_layers > 0) {
             routing_.layers = static_cast<int32_t>(expert_layers);
             routing_.selected = static_cast<int32_t>(c.experts_per_token);
             routing_.wide = c.num_experts > 256;

@@ -31,9 +31,6 @@ struct RoutingPages {
     int64_t token_bytes() const { return layers * layer_bytes(); }
 };
 
-// Whether route() on this device reads and writes RoutingPages.
-bool can_record_routing(const Device& device);
-
 struct RouterParams {
     Tensor x;                  // [T, D]
     QuantizedMatrix weight;    // [E, D]; logits accumulate in fp32 and are not rounded

@@ -165,10 +165,6 @@ void dispatch_backward(Stream& stream, const Routing& r, Tensor dy, Tensor dx, b
 
 }  // namespace
 
-bool can_record_routing(const Device&) {
-    return true;
-}
-
 Routing make_routing(Stream& stream, int64_t tokens, int64_t experts, int64_t selected) {
     Routing r;
     r.num_tokens = static_cast<int32_t>(tokens);
@@ -185,7 +181,6 @@ Routing make_routing(Stream& stream, int64_t tokens, int64_t experts, int64_t se
 
 void route(Stream& stream, const RouterParams& p, const Routing& r) {
     for (const RoutingPages* pages : {&p.record, &p.replay}) {
-        CHECK(!pages->defined() || can_record_routing(stream.device));
         CHECK(!pages->defined() || pages->selected == p.num_selected);
         CHECK(!pages->defined() || pages->wide == (r.num_experts > 256));
     }

@@ -516,7 +516,6 @@ ScratchModel scratch_model(
     m.on_cpu = device.is_cpu();
     m.isa = device.isa;
     m.threads = device.threads->num_threads();
-    m.records_routing = can_record_routing(device);
     return m;
 }
 
@@ -527,8 +526,7 @@ int64_t training_pages(const TrainShape& shape) {
 int64_t routing_page_bytes(const ScratchModel& m) {
     const ModelConfig& c = m.config;
     const int64_t id_bytes = c.num_experts > 256 ? 2 : 1;
-    return m.records_routing ? kPageTokens * c.num_expert_layers() * c.experts_per_token * id_bytes
-                             : 0;
+    return kPageTokens * c.num_expert_layers() * c.experts_per_token * id_bytes;
 }
 
 int64_t training_scratch(const ScratchModel& m, const TrainShape& shape) {
@@ -537,7 +535,7 @@ int64_t training_scratch(const ScratchModel& m, const TrainShape& shape) {
     const int64_t row_bytes = m.config.width * dtype_bytes(m.compute);
     const auto columns = [&] { meter.take(shape.rows * kF32); };
     upload(meter, batch);
-    if (shape.replay_routing && m.records_routing) {
+    if (shape.replay_routing) {
         meter.take(training_pages(shape) * routing_page_bytes(m));
     }
     hidden(m, meter, batch, true);

@@ -20,7 +20,6 @@ struct ScratchModel {
     bool on_cpu = true;
     CpuIsa isa = CpuIsa::kReference;
     int64_t threads = 1;
-    bool records_routing = false;  // the device can
     DequantOptions dequant;        // of experts, on a CPU
 };
 

@@ -88,11 +88,6 @@ struct Run {
         );
         const SamplingFilter filter{
             c.rollout.temperature, c.rollout.top_p, c.rollout.top_k, c.rollout.min_p};
-        USER_CHECK(
-            !c.moe.replay_routing || can_record_routing(device),
-            "moe.replay_routing is not there on {} yet; set it to false, or use device = \"cpu\".",
-            device.name
-        );
         trainer.emplace(stream, *model, *adapter, c.train, filter, c.moe.replay_routing);
         engine.emplace(stream, *model, adapter.get(), engine_options(c, longest));
     }

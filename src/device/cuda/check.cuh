@@ -56,6 +56,15 @@ inline unsigned grid_dim_yz(int64_t blocks) {
     return static_cast<unsigned>(blocks);
 }
 
+// Whether the current device can start a kernel before its predecessor ends: from Hopper on.
+inline bool overlaps_launches() {
+    int device = 0;
+    int major = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    return major >= 9;
+}
+
 // Starts a kernel while its predecessor on the queue still runs; the kernel itself waits, with
 // wait_for_predecessor(), before it touches anything the predecessor reads or writes. Every thread
 // block of such a kernel must wait, so that the order stays that of the queue.
@@ -77,7 +86,7 @@ void launch_early(
     config.dynamicSmemBytes = shared_bytes;
     config.stream = queue;
     config.attrs = &early;
-    config.numAttrs = 1;
+    config.numAttrs = overlaps_launches() ? 1 : 0;
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 

@@ -22,13 +22,18 @@ __device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, boo
 }
 
 // Blocks until the kernels before this one on the queue are done and their writes are visible.
+// Before Hopper kernels do not overlap, and there is nothing to wait for.
 __device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // Lets the next kernel of the queue start (and wait) once every thread block has said so.
 __device__ __forceinline__ void release_successor() {
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // A barrier of `threads` threads of the block; 0 is __syncthreads' own.
