@@ -428,7 +428,8 @@ std::string gpu_plan_text(const PlanModel& m, const GpuPlanOptions& o, const Gpu
     text += plan.exact ? "the lines below the base are counted as the engine takes them\n"
                        : "activations and workspace are estimates\n";
     if (m.experts > 0) {
-        text += "room for decoded experts is moe.dequant_bytes, taken when moe.dequant_rows is set\n";
+        text +=
+            "room for decoded experts is moe.dequant_bytes, taken when moe.dequant_rows is set\n";
     }
     if (!m.runs) {
         text += fmt::format("the family {} does not run yet; this is a plan only\n", m.family);
