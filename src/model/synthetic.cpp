@@ -1,5 +1,7 @@
 #include "model/synthetic.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -286,9 +288,7 @@ ModelConfig synthetic_config(const std::string& name) {
         return c;
     }
     throw UserError(fmt::format(
-        "there is no shape \"{}\"; did you mean \"{}\"?",
-        name,
-        nearest_name(name, synthetic_shapes())
+        "there is no shape \"{}\"; it is one of {}.", name, fmt::join(synthetic_shapes(), ", ")
     ));
 }
 
