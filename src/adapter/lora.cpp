@@ -43,6 +43,19 @@ void lora_init_a(float* a, int64_t rank, int64_t in, const std::string& name, ui
     }
 }
 
+std::vector<RoundRange> lora_ranges(const std::vector<SiteLayout>& sites) {
+    std::vector<RoundRange> ranges;
+    for (const SiteLayout& site : sites) {
+        if (site.kind == AdapterKind::kLora) {
+            const int64_t num_a = site.owns_first ? site.rank * site.site.in : 0;
+            const int64_t num_b = site.owns_b ? site.rank * site.site.out : 0;
+            ranges.push_back({site.master, site.copy, num_a});
+            ranges.push_back({site.master_b, site.copy_b, num_b});
+        }
+    }
+    return ranges;
+}
+
 void lora_derive(
     const HostWork& work,
     const std::vector<SiteLayout>& sites,
@@ -50,19 +63,10 @@ void lora_derive(
     const float* masters,
     char* copies
 ) {
-    for (const SiteLayout& site : sites) {
-        if (site.kind != AdapterKind::kLora) {
-            continue;
-        }
-        const int64_t num_a = site.owns_first ? site.rank * site.site.in : 0;
-        const int64_t num_b = site.owns_b ? site.rank * site.site.out : 0;
-        char* a = copies + site.copy * dtype_bytes(compute);
-        char* b = copies + site.copy_b * dtype_bytes(compute);
-        work.threads.parallel_for(num_a, 1 << 15, [&](int64_t begin, int64_t end, int) {
-            round_into(compute, masters + site.master, begin, end, a);
-        });
-        work.threads.parallel_for(num_b, 1 << 15, [&](int64_t begin, int64_t end, int) {
-            round_into(compute, masters + site.master_b, begin, end, b);
+    for (const RoundRange& range : lora_ranges(sites)) {
+        char* to = copies + range.to * dtype_bytes(compute);
+        work.threads.parallel_for(range.count, 1 << 15, [&](int64_t begin, int64_t end, int) {
+            round_into(compute, masters + range.from, begin, end, to);
         });
     }
 }

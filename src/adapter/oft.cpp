@@ -5,7 +5,6 @@
 
 #include "adapter/oft_kernels.h"
 #include "adapter/state.h"
-#include "ops/optimizer.h"
 
 namespace orbit {
 namespace {

@@ -8,6 +8,7 @@
 
 #include "adapter/adapter.h"
 #include "adapter/oft_math.h"
+#include "ops/optimizer.h"
 
 namespace orbit {
 
@@ -99,6 +100,8 @@ struct HostWork {
 
 // A ~ U(-1/sqrt(in), 1/sqrt(in)) by Philox keyed by (seed, name, element).
 void lora_init_a(float* a, int64_t rank, int64_t in, const std::string& name, uint64_t seed);
+// Where each LoRA tensor stands among the masters and in a slot.
+std::vector<RoundRange> lora_ranges(const std::vector<SiteLayout>& sites);
 // Rounds A and B of every LoRA site into `copies`.
 void lora_derive(
     const HostWork& work,

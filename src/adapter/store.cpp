@@ -4,7 +4,6 @@
 
 #include "adapter/experts.h"
 #include "ops/oft_transform.h"
-#include "ops/optimizer.h"
 
 namespace orbit {
 namespace {
@@ -309,20 +308,6 @@ void project_masters(Stream& stream, AdapterStore::State& state) {
         copy_to_device(stream, state.masters, host, staging.size() * sizeof(float));
         synchronize(stream);
     }
-}
-
-// Where each LoRA tensor stands among the masters and in a slot.
-std::vector<RoundRange> lora_ranges(const std::vector<SiteLayout>& sites) {
-    std::vector<RoundRange> ranges;
-    for (const SiteLayout& site : sites) {
-        if (site.kind == AdapterKind::kLora) {
-            const int64_t num_a = site.owns_first ? site.rank * site.site.in : 0;
-            const int64_t num_b = site.owns_b ? site.rank * site.site.out : 0;
-            ranges.push_back({site.master, site.copy, num_a});
-            ranges.push_back({site.master_b, site.copy_b, num_b});
-        }
-    }
-    return ranges;
 }
 
 // Every row of skew values, in the order of the bounds.
