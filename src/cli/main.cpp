@@ -1,5 +1,5 @@
 // The command line. Each command is described once here: its arguments, and examples to learn from.
-#include <fmt/core.h>
+#include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -324,17 +324,22 @@ void add_plan(CLI::App& app, PlanArgs& args, Action& action) {
         "A folder needs no more than its config.json. Exit status 1: it does not fit."
     );
     GpuPlanOptions& o = args.options;
-    std::string gpus;
+    std::vector<std::string> gpus;
     for (const Gpu& gpu : known_gpus()) {
-        gpus += (gpus.empty() ? "" : ", ") + std::string(gpu.name);
+        gpus.emplace_back(gpu.name);
     }
-    std::string models;
-    for (const std::string& name : planned_models()) {
-        models += (models.empty() ? "" : ", ") + name;
-    }
-    command->add_option("MODEL", args.model, "Hugging Face folder, GGUF file, or one of: " + models)
+    command
+        ->add_option(
+            "MODEL",
+            args.model,
+            fmt::format(
+                "Hugging Face folder, GGUF file, or one of: {}", fmt::join(planned_models(), ", ")
+            )
+        )
         ->required();
-    command->add_option("--gpus", o.gpus, "such as 8xH200; of " + gpus)->capture_default_str();
+    command
+        ->add_option("--gpus", o.gpus, fmt::format("such as 8xH200; of {}", fmt::join(gpus, ", ")))
+        ->capture_default_str();
     command->add_option("--batch", o.batch, "sequences that are decoded together")
         ->capture_default_str()
         ->check(CLI::Range(1, 1 << 20));
