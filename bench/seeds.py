@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Trains the demo with OFT and LoRA and several seeds, and prints the table of docs/BENCHMARKS.md.
 
-    bench/seeds.py [--seeds 1,2,3] [--steps N] [--set key=value]...
+    bench/seeds.py [--seeds 1,2,3] [--kinds oft,lora] [--config FILE] [--set key=value]...
+
+--set train.steps=N changes the number of steps.
 
 Accuracy is greedy, on all rows of the config's data.eval.
 """

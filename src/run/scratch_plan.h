@@ -20,7 +20,7 @@ struct ScratchModel {
     bool on_cpu = true;
     CpuIsa isa = CpuIsa::kReference;
     int64_t threads = 1;
-    DequantOptions dequant;  // of experts, on a CPU
+    DequantOptions dequant;  // of experts
 };
 
 ScratchModel scratch_model(
