@@ -230,6 +230,8 @@ def test_parity(_):
     result = expect_ok(orbit("parity", MODEL, "--texts", 8, "--longest", 96), "parity")
     expect("rollout = training" in result.out, "the table's last row")
     expect(result.out.strip().endswith("differing tokens: 0"), "the sum")
+    expect_user_error(orbit("parity"), ["MODEL", "--shape", "qwen3-0.6b"], "parity of nothing")
+    expect_user_error(orbit("parity", "--shape", "qwen3-9b"), ["qwen3-9b", "qwen3-8b"], "an unknown shape")
 
 
 def test_verify(folder):

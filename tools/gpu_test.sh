@@ -7,7 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 carry=.carry/gpu
 models=("models/mini-qwen3-int4")
 if [[ -n "${ORBIT_MODELS:-}" ]]; then
-    models+=("$ORBIT_MODELS/mini-qwen3" "$ORBIT_MODELS/mini-llama" "$ORBIT_MODELS/packed/mini-qwen3-int4")
+    models+=("$ORBIT_MODELS/mini-qwen3" "$ORBIT_MODELS/mini-llama" "$ORBIT_MODELS/packed/mini-qwen3-int4"
+        "$ORBIT_MODELS/packed/mini-qwen3-moe-int4")
 fi
 
 pack() {
@@ -102,6 +103,8 @@ run_checks() {
         check "parity $(basename "$model")" "$bin/orbit" parity "$model" --device cuda:0
         check "verify $(basename "$model")" verify_beside_cpu "$bin/orbit" "$model"
     done
+    check "parity of the Qwen3-0.6B shape, texts up to 4,096 tokens" \
+        "$bin/orbit" parity --shape qwen3-0.6b --longest 4096 --texts 8 --device cuda:0
     check "demo on the GPU" demo "$bin/orbit"
     check "equal bits: repeated, killed and resumed" same_bits "$bin/orbit"
     printf '%d passed, %d failed\n' "$passed" "$failed"

@@ -14,17 +14,11 @@ namespace orbit {
 int run_bench(const BenchArgs& args) {
     const Device device = make_device(args.device.device, args.device.cpu_isa, args.device.threads);
     Stream stream(device);
-    USER_CHECK(
-        args.model.empty() != args.shape.empty(),
-        "orbit bench needs either a MODEL or --shape (one of {}).",
-        fmt::join(synthetic_shapes(), ", ")
-    );
     BenchOptions options = args.options;
     const MemoryInfo before = memory_info(device);
     options.memory_before = before.total - before.available;
-    std::unique_ptr<Model> model = args.shape.empty()
-                                       ? load_model(stream, args.model)
-                                       : make_synthetic_model(stream, args.shape, args.format);
+    const std::unique_ptr<Model> model =
+        load_or_make_model(stream, args.model, {}, args.shape, args.format);
     const auto rows = run_bench_table(stream, *model, options);
     nlohmann::ordered_json table = nlohmann::ordered_json::array();
     fmt::print("{} on {}\n", model->name, device.name);

@@ -76,6 +76,8 @@ struct VerifyArgs {
 
 struct ParityArgs {
     ModelArgs model;
+    std::string shape;  // a synthetic model instead
+    std::string format = "bf16";
     int64_t num_texts = 64;
     int64_t longest = 192;
 };
@@ -122,6 +124,15 @@ int run_parity(const ParityArgs& args);
 int run_score(const ScoreArgs& args);
 int run_quantize(const QuantizeArgs& args);
 int run_inspect(const std::string& path);
+
+// The model at `path`, or with a `shape` a synthetic one; exactly one of them is given.
+std::unique_ptr<Model> load_or_make_model(
+    Stream& stream,
+    const std::string& path,
+    const LoadOptions& load,
+    const std::string& shape,
+    const std::string& format
+);
 
 // A model on its device, with the adapter that was asked for.
 struct OpenModel {

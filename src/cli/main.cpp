@@ -36,6 +36,13 @@ void add_model(CLI::App* app, ModelArgs& args, bool with_adapter) {
     add_device(app, args.device);
 }
 
+// A synthetic model in place of MODEL.
+void add_shape(CLI::App* app, std::string& shape, std::string& format) {
+    app->add_option("--format", format, "of the synthetic linears: bf16, int4, fp8, mxfp4, nvfp4")
+        ->capture_default_str();
+    app->add_option("--shape", shape, "a synthetic model of a published shape instead");
+}
+
 void add_reward(CLI::App* app, RewardOptions& args) {
     app->add_option("--reward", args.name, "exact, number, regex, format or length")
         ->capture_default_str();
@@ -190,9 +197,12 @@ void add_parity(CLI::App& app, ParityArgs& args, Action& action) {
         "Do rollout and training, batches, chunks and the cache agree to the bit?",
         "  orbit parity models/mini-qwen3-int4\n"
         "  orbit parity model.gguf --adapter runs/demo --device cuda:0\n"
+        "  orbit parity --shape qwen3-0.6b --longest 4096 --texts 8 --device cuda:0\n"
         "Without --adapter: the base, a random LoRA and a random OFT. Exit status 1: they do not."
     );
     add_model(command, args.model, true);
+    command->get_option("MODEL")->required(false);
+    add_shape(command, args.shape, args.format);
     command->add_option("--texts", args.num_texts, "number of texts")
         ->capture_default_str()
         ->check(CLI::Range(1, 4096));
@@ -266,12 +276,7 @@ void add_bench(CLI::App& app, BenchArgs& args, Action& action) {
     );
     BenchOptions& o = args.options;
     command->add_option("MODEL", args.model, "Hugging Face folder or GGUF file");
-    command->add_option("--shape", args.shape, "a synthetic model of a published shape instead");
-    command
-        ->add_option(
-            "--format", args.format, "of the synthetic linears: bf16, int4, fp8, mxfp4, nvfp4"
-        )
-        ->capture_default_str();
+    add_shape(command, args.shape, args.format);
     command->add_option("--adapter", o.adapter, "lora, oft or none")
         ->capture_default_str()
         ->check(CLI::IsMember({"lora", "oft", "none"}));

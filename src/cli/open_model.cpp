@@ -1,6 +1,9 @@
+#include <fmt/format.h>
+
 #include "base/error.h"
 #include "base/file.h"
 #include "cli/commands.h"
+#include "model/synthetic.h"
 
 namespace orbit {
 
@@ -19,6 +22,22 @@ std::string adapter_folder(const std::string& path) {
         path
     );
     return path;  // load_peft says what is missing
+}
+
+std::unique_ptr<Model> load_or_make_model(
+    Stream& stream,
+    const std::string& path,
+    const LoadOptions& load,
+    const std::string& shape,
+    const std::string& format
+) {
+    USER_CHECK(
+        path.empty() != shape.empty(),
+        "this command needs either a MODEL or --shape (one of {}).",
+        fmt::join(synthetic_shapes(), ", ")
+    );
+    return shape.empty() ? load_model(stream, path, load)
+                         : make_synthetic_model(stream, shape, format);
 }
 
 OpenModel::OpenModel(const ModelArgs& args)

@@ -7,16 +7,19 @@
 namespace orbit {
 
 int run_parity(const ParityArgs& args) {
-    ModelArgs base = args.model;
-    base.adapter.clear();  // the table loads it itself
-    OpenModel open(base);
+    const DeviceArgs& on = args.model.device;
+    const Device device = make_device(on.device, on.cpu_isa, on.threads);
+    Stream stream(device);
+    LoadOptions load;
+    load.quantize = args.model.quantize;
+    const std::unique_ptr<Model> model =
+        load_or_make_model(stream, args.model.model, load, args.shape, args.format);
     ParityOptions options;
     options.num_texts = args.num_texts;
     options.longest = args.longest;
-    const auto rows =
-        parity_table(open.stream, *open.model, adapter_folder(args.model.adapter), options);
+    const auto rows = parity_table(stream, *model, adapter_folder(args.model.adapter), options);
     int64_t different = 0;
-    fmt::print("{} on {}\n", open.model->name, open.device.name);
+    fmt::print("{} on {}\n", model->name, device.name);
     fmt::print("{:<10} {:<28} {:>9} {:>9}\n", "adapter", "comparison", "tokens", "different");
     for (const ParityRow& row : rows) {
         fmt::print(

@@ -16,8 +16,9 @@ using Logprobs = std::vector<std::vector<float>>;
 
 // Ragged random texts; some share a beginning, so that the prefix cache has something to find.
 Texts random_texts(const Model& model, const ParityOptions& options) {
-    const auto vocab =
-        static_cast<uint32_t>(std::min<int64_t>(model.config.vocab_size, model.tokenizer->size()));
+    // A synthetic model has no tokenizer; a real one's vocabulary may be padded.
+    const int64_t named = model.tokenizer ? model.tokenizer->size() : model.config.vocab_size;
+    const auto vocab = static_cast<uint32_t>(std::min<int64_t>(model.config.vocab_size, named));
     const auto longest =
         static_cast<uint32_t>(std::min(options.longest, model.config.max_positions - 1));
     Texts texts;
@@ -271,7 +272,7 @@ std::vector<ParityRow> parity_table(
         add_rows(rows, stream, model, *adapter, adapter_folder, texts, false);
         return rows;
     }
-    const bool can_share = model.config.num_experts > 0 && stream.is_cpu();
+    const bool can_share = model.config.num_experts > 0;
     for (const std::string sharing : {"none", "shared"}) {
         for (const std::string kind : {"lora", "oft"}) {
             if (sharing == "shared" && !can_share) {

@@ -27,6 +27,7 @@ constexpr void (*kRegistrations[])(CaseList&) = {
 
 struct Options {
     std::string op;
+    std::string name;  // a part of a case's name
     std::string mode;
     std::string isa = "auto";
     std::string device = "cpu";
@@ -41,6 +42,8 @@ Options parse(int argc, char** argv) {
         const std::string value = argv[i + 1];
         if (flag == "--op") {
             options.op = value;
+        } else if (flag == "--case") {
+            options.name = value;
         } else if (flag == "--mode") {
             options.mode = value;
         } else if (flag == "--isa") {
@@ -51,7 +54,8 @@ Options parse(int argc, char** argv) {
             options.threads = std::atoi(value.c_str());
         } else {
             throw UserError(fmt::format(
-                "{} is unknown; the flags are --op, --mode, --isa, --device and --threads.", flag
+                "{} is unknown; the flags are --op, --case, --mode, --isa, --device and --threads.",
+                flag
             ));
         }
     }
@@ -133,7 +137,8 @@ int run(int argc, char** argv) {
     fmt::print("device: {}\n", device.name);
     Tally tally;
     for (const auto& c : cases) {
-        if (options.op.empty() || c.op == options.op) {
+        if ((options.op.empty() || c.op == options.op) &&
+            c.name.find(options.name) != std::string::npos) {
             if (stream.is_cpu()) {
                 check_case(c, options, stream, other, tally);
             } else {
@@ -143,9 +148,10 @@ int run(int argc, char** argv) {
     }
     USER_CHECK(
         tally.passed + tally.failed > 0,
-        "--op \"{}\" --mode \"{}\" selects nothing; modes are forward, grad, invariance, "
-        "determinism, perf.",
+        "--op \"{}\" --case \"{}\" --mode \"{}\" selects nothing; modes are forward, grad, "
+        "invariance, determinism, perf.",
         options.op,
+        options.name,
         options.mode
     );
     if (tally.skipped > 0) {
