@@ -112,6 +112,9 @@ def test_training_run_leaves_what_the_contract_names(folder):
     again = folder / "again"
     expect_ok(orbit("train", run / "config.toml", "--run", again, "--set", "cpu.threads=1"), "train from config.toml")
     expect_same_run(run, again, "the stored config, with one thread")
+    offloaded = folder / "offloaded"
+    expect_ok(orbit(*train_args(offloaded, "train.activation_offloading=true")), "train with offloading")
+    expect_same_run(run, offloaded, "with layer inputs in host memory")
     other = folder / "other"
     expect_ok(orbit(*train_args(other, "seed=2")), "train with another seed")
     expect(reproducible(run)[1] != reproducible(other)[1], "another seed gives other rollouts")

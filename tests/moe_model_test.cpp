@@ -310,7 +310,7 @@ TEST_F(MoeModelTest, DequantBytesAreTheTemporaryMemory) {
         const KvCache kv(*model, 1, 6);
         const int slot = adapter.pin_current();
         Pass pass{stream, *model, batch.upload(stream), kv, &adapter, slot};
-        std::vector<Tensor> inputs;
+        LayerInputs inputs;
         const Tensor hidden = forward_hidden(pass, &inputs);
         std::vector<float> values;
         for (int64_t i = 0; i < hidden.numel(); ++i) {

@@ -39,9 +39,11 @@ void compare(
     const std::string& path,
     const AdapterOptions& options,
     const char* isa,
-    const DequantOptions& dequant = {}
+    const DequantOptions& dequant = {},
+    bool offload = false
 ) {
-    const std::string what = fmt::format("{} {} {} {}", path, options.kind, isa, dequant.rows);
+    const std::string what =
+        fmt::format("{} {} {} {} {}", path, options.kind, isa, dequant.rows, offload);
     const Device device = make_device("cpu", isa, 2);
     Stream stream(device);
     LoadOptions load;
@@ -75,9 +77,12 @@ void compare(
     for (size_t i = 0; i < texts.size(); ++i) {
         sequences.push_back({&texts[i], 20, static_cast<int64_t>(i)});
     }
+    shape.offload = offload;
     const int64_t training = training_scratch(m, shape);
     stream.scratch.reserve(static_cast<size_t>(training));
-    Trainer trainer(stream, *model, adapter, TrainOptions{}, SamplingFilter{});
+    TrainOptions train;
+    train.activation_offloading = offload;
+    Trainer trainer(stream, *model, adapter, train, SamplingFilter{}, false, shape.tokens);
     const int slot = adapter.pin_current();
     trainer.accumulate(sequences, slot, [](auto, auto, auto coefficients) {
         for (auto& c : coefficients) {
@@ -147,6 +152,62 @@ TEST(Plan, ModelWithExpertsTakesWhatWasPredicted) {
     compare_all(source_path("tests/models/tiny-qwen3-moe"));
 }
 
+TEST(Plan, OffloadingTakesWhatWasPredicted) {
+    for (const AdapterOptions& options : both_kinds()) {
+        compare(source_path("models/mini-qwen3-int4"), options, "auto", {}, true);
+        compare(source_path("tests/models/tiny-qwen3-moe"), options, "auto", {}, true);
+    }
+}
+
+// Two buffers instead of one for each layer and one for the output; the rest is on the host.
+TEST(Plan, OffloadingMovesLayerInputsToTheHost) {
+    ScratchModel m;
+    m.config = open_checkpoint(source_path("models/mini-qwen3-int4"), {.tokenizer = false}).config;
+    TrainShape shape;
+    shape.tokens = 8192;
+    shape.rows = 8192;
+    shape.sequences = 4;
+    shape.longest = 2048;
+    const int64_t moved = (m.config.num_layers - 1) * shape.tokens * m.config.width * 2;
+    for (const bool on_cpu : {false, true}) {
+        m.on_cpu = on_cpu;
+        shape.offload = false;
+        const MemoryPlan kept = plan_memory(m, 0, {}, shape);
+        shape.offload = true;
+        const MemoryPlan offloaded = plan_memory(m, 0, {}, shape);
+        EXPECT_EQ(kept.scratch - offloaded.scratch, static_cast<size_t>(moved));
+        EXPECT_EQ(kept.pinned, 0U);
+        // A CPU's host memory is its own.
+        EXPECT_EQ(kept.total() - offloaded.total(), static_cast<size_t>(on_cpu ? 0 : moved));
+        EXPECT_EQ(offloaded.pinned, static_cast<size_t>(on_cpu ? 0 : moved));
+        EXPECT_EQ(plan_text(offloaded).find("pinned host memory") != std::string::npos, !on_cpu);
+    }
+}
+
+TEST(Plan, OffloadingIsSuggestedToAGpuThatIsTooSmall) {
+    ScratchModel m;
+    m.config = open_checkpoint(source_path("models/mini-qwen3-int4"), {.tokenizer = false}).config;
+    TrainShape shape;
+    shape.tokens = 8192;
+    shape.rows = 8192;
+    shape.longest = 2048;
+    Config config;
+    const auto refused = [&](bool on_cpu, bool offload, size_t available, size_t host) {
+        m.on_cpu = on_cpu;
+        shape.offload = offload;
+        const MemoryPlan plan = plan_memory(m, 0, {}, shape);
+        return model_files::refusal([&] { check_fits(plan, config, available, host); });
+    };
+    const std::string advice = "set train.activation_offloading = true";
+    EXPECT_NE(refused(false, false, 1000, 0).find(advice), std::string::npos);
+    EXPECT_EQ(refused(false, true, 1000, 0).find(advice), std::string::npos);
+    EXPECT_EQ(refused(true, false, 1000, 0).find(advice), std::string::npos);
+    const size_t huge = size_t{1} << 50;
+    EXPECT_EQ(refused(false, true, huge, huge), "");
+    EXPECT_EQ(refused(false, true, huge, 0), "") << "not known";
+    EXPECT_NE(refused(false, true, huge, 1000).find("of host memory"), std::string::npos);
+}
+
 TEST(Plan, ReferenceModelsTakeWhatWasPredicted) {
     const char* models = std::getenv("ORBIT_MODELS");
     if (models == nullptr) {
@@ -197,7 +258,7 @@ TEST(Plan, RunThatDoesNotFitIsRefusedWithWhatToChange) {
     const Checkpoint checkpoint = open_checkpoint(config.model, {.tokenizer = false});
     const auto refused = [&](size_t available) {
         const MemoryPlan plan = plan_run(config, device, checkpoint, 100);
-        return model_files::refusal([&] { check_fits(plan, config, available); });
+        return model_files::refusal([&] { check_fits(plan, config, available, 0); });
     };
     const size_t total = plan_run(config, device, checkpoint, 100).total();
     EXPECT_EQ(refused(total), "");
@@ -229,6 +290,9 @@ TEST(Plan, SettingsChangeWhatIsNeeded) {
     other = config;
     other.adapter.rank = 128;
     EXPECT_GT(total(other), total(config));
+    other = config;
+    other.train.activation_offloading = true;
+    EXPECT_EQ(total(other), total(config)) << "a CPU's host memory is its own";
 }
 
 TEST(Plan, ScratchIsReservedInOneBlock) {
@@ -388,6 +452,26 @@ TEST(GpuPlan, EstimateIsCloseToTheCountedActivations) {
         const double exact = sum();
         m.runs = false;
         EXPECT_NEAR(sum(), exact, 0.25 * exact) << name;
+    }
+}
+
+TEST(GpuPlan, LayerInputsGoToHostMemoryWhenAsked) {
+    PlanModel m = plan_model("Qwen3-8B", "");
+    GpuPlanOptions options;
+    options.gpus = "RTX4090";
+    options.tokens = 65536;
+    for (const bool counted : {true, false}) {
+        m.runs = counted;
+        options.activation_offloading = false;
+        const GpuPlan kept = plan_gpus(m, options);
+        EXPECT_NE(gpu_plan_text(m, options, kept).find("--activation-off"), std::string::npos);
+        options.activation_offloading = true;
+        const GpuPlan offloaded = plan_gpus(m, options);
+        EXPECT_EQ(offloaded.pinned, size_t{35} * 65536 * 4096 * 2);
+        EXPECT_DOUBLE_EQ(kept.total() - offloaded.total(), static_cast<double>(offloaded.pinned));
+        const std::string text = gpu_plan_text(m, options, offloaded);
+        EXPECT_NE(text.find("in pinned host memory"), std::string::npos);
+        EXPECT_EQ(text.find("--activation-off"), std::string::npos);
     }
 }
 

@@ -272,7 +272,8 @@ void add_bench(CLI::App& app, BenchArgs& args, Action& action) {
         "Time kernels, decode, training and the RL step, each beside its floor",
         "  orbit bench models/mini-qwen3-int4 --context 256 --rl-response 32\n"
         "  orbit bench --shape qwen3-0.6b --device cuda:0 --json bench.json\n"
-        "  orbit bench --shape qwen3-8b --format int4 --device cuda:0 --only decode"
+        "  orbit bench --shape qwen3-8b --format int4 --device cuda:0 --only decode\n"
+        "  orbit bench --shape qwen3-4b --device cuda:0 --only train --activation-offloading"
     );
     BenchOptions& o = args.options;
     command->add_option("MODEL", args.model, "Hugging Face folder or GGUF file");
@@ -288,6 +289,11 @@ void add_bench(CLI::App& app, BenchArgs& args, Action& action) {
         ->capture_default_str();
     command->add_option("--train-tokens", o.train_tokens, "tokens of a training batch")
         ->capture_default_str();
+    command->add_flag(
+        "--activation-offloading",
+        o.activation_offloading,
+        "train and rl with train.activation_offloading"
+    );
     command->add_option("--rl-prompts", o.rl_prompts)->capture_default_str();
     command->add_option("--rl-samples", o.rl_samples)->capture_default_str();
     command->add_option("--rl-prompt", o.rl_prompt_tokens, "tokens of a prompt")
@@ -354,6 +360,11 @@ void add_plan(CLI::App& app, PlanArgs& args, Action& action) {
     command->add_option("--tokens", o.tokens, "tokens of a training batch")
         ->capture_default_str()
         ->check(CLI::Range(1, 1 << 28));
+    command->add_flag(
+        "--activation-offloading",
+        o.activation_offloading,
+        "train.activation_offloading: layer inputs in host memory"
+    );
     command->add_option("--adapter", o.adapter.kind, "oft, lora or none")
         ->capture_default_str()
         ->check(CLI::IsMember({"oft", "lora", "none"}));

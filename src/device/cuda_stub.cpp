@@ -31,6 +31,14 @@ void free(int, void*) {
     no_cuda();
 }
 
+void* allocate_host(int, size_t) {
+    no_cuda();
+}
+
+void free_host(int, void*) {
+    no_cuda();
+}
+
 void* create_stream(int) {
     no_cuda();
 }
@@ -56,6 +64,10 @@ void zero_fill(void*, void*, size_t) {
 }
 
 void synchronize(void*) {
+    no_cuda();
+}
+
+void wait_for(int, void*, void*) {
     no_cuda();
 }
 

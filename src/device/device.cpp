@@ -143,11 +143,16 @@ Device make_device(std::string_view which, std::string_view cpu_isa, int num_thr
 }
 
 MemoryInfo memory_info(const Device& device) {
-    MemoryInfo info;
-    if (!device.is_cpu()) {
-        cuda::memory_info(device.ordinal, &info.available, &info.total);
-        return info;
+    if (device.is_cpu()) {
+        return host_memory_info();
     }
+    MemoryInfo info;
+    cuda::memory_info(device.ordinal, &info.available, &info.total);
+    return info;
+}
+
+MemoryInfo host_memory_info() {
+    MemoryInfo info;
     std::ifstream meminfo("/proc/meminfo");
     for (std::string line; std::getline(meminfo, line);) {
         const size_t kib = std::strtoull(line.c_str() + line.find(':') + 1, nullptr, 10);
@@ -180,6 +185,19 @@ void device_free(const Device& device, void* pointer) {
         std::free(pointer);
     } else {
         cuda::free(device.ordinal, pointer);
+    }
+}
+
+void* host_allocate(const Device& device, size_t bytes) {
+    return device.is_cpu() ? device_allocate(device, bytes)
+                           : cuda::allocate_host(device.ordinal, std::max(kAlignment, bytes));
+}
+
+void host_free(const Device& device, void* pointer) {
+    if (device.is_cpu()) {
+        device_free(device, pointer);
+    } else {
+        cuda::free_host(device.ordinal, pointer);
     }
 }
 
@@ -328,12 +346,17 @@ void copy_to_device(Stream& stream, void* to, const void* from, size_t bytes) {
     }
 }
 
-void copy_to_host(Stream& stream, void* to, const void* from, size_t bytes) {
+void start_copy_to_host(Stream& stream, void* to, const void* from, size_t bytes) {
     if (stream.is_cpu()) {
         std::memcpy(to, from, bytes);
     } else {
         cuda::copy_to_host(stream.handle, to, from, bytes);
     }
+}
+
+void copy_to_host(Stream& stream, void* to, const void* from, size_t bytes) {
+    start_copy_to_host(stream, to, from, bytes);
+    synchronize(stream);
 }
 
 void copy_on_device(Stream& stream, void* to, const void* from, size_t bytes) {
@@ -355,6 +378,13 @@ void zero_fill(Stream& stream, void* to, size_t bytes) {
 void synchronize(Stream& stream) {
     if (!stream.is_cpu()) {
         cuda::synchronize(stream.handle);
+    }
+}
+
+void wait_for(Stream& stream, Stream& other) {
+    CHECK(&stream.device == &other.device, "(streams of two devices)");
+    if (!stream.is_cpu()) {
+        cuda::wait_for(stream.device.ordinal, stream.handle, other.handle);
     }
 }
 

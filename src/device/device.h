@@ -46,13 +46,19 @@ Device make_device(std::string_view which, std::string_view cpu_isa = "auto", in
 void* device_allocate(const Device& device, size_t bytes);
 void device_free(const Device& device, void* pointer);
 
+// Host memory that a device copies from and to beside other work: pinned on a GPU, on a CPU like
+// any other. UserError when the machine does not give it.
+void* host_allocate(const Device& device, size_t bytes);
+void host_free(const Device& device, void* pointer);
+
 struct MemoryInfo {
     size_t available = 0;  // what a new allocation may take
     size_t total = 0;
 };
 
-// Of the GPU, or of this machine (the limit of a container counts).
+// Of the GPU, or of this machine.
 MemoryInfo memory_info(const Device& device);
+MemoryInfo host_memory_info();  // of this machine; the limit of a container counts
 
 struct LedgerEntry {
     std::string name;
@@ -164,11 +170,18 @@ struct Stream {
     ThreadPool& threads() const { return *device.threads; }
 };
 
-// Ordered after earlier work of the stream; copy_to_host returns when the bytes are there.
+// Ordered after earlier work of the stream; copy_to_host returns when the bytes are there,
+// copy_to_device when they have left the source, unless that is host_allocate's.
 void copy_to_device(Stream& stream, void* to, const void* from, size_t bytes);
 void copy_to_host(Stream& stream, void* to, const void* from, size_t bytes);
 void copy_on_device(Stream& stream, void* to, const void* from, size_t bytes);
 void zero_fill(Stream& stream, void* to, size_t bytes);
 void synchronize(Stream& stream);
+
+// copy_to_host that a GPU makes in its own time; `to` is host_allocate's.
+void start_copy_to_host(Stream& stream, void* to, const void* from, size_t bytes);
+// What is issued to `stream` from now on runs after what was issued to `other` until now. Both are
+// of one device; the host does not wait.
+void wait_for(Stream& stream, Stream& other);
 
 }  // namespace orbit

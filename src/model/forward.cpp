@@ -267,14 +267,15 @@ int64_t dequant_bytes(const Model& model, int64_t tokens) {
     return dequant_bytes(model.config, model.dequant, tokens);
 }
 
-Tensor forward_hidden(Pass& pass, std::vector<Tensor>* layer_inputs) {
+Tensor forward_hidden(Pass& pass, LayerInputs* inputs) {
     const int64_t T = pass.batch.num_tokens;
     const int64_t D = pass.model.config.width;
     const int64_t num_layers = pass.model.config.num_layers;
-    // Two buffers in turn; with layer_inputs every layer's input stays, so each output has memory
-    // of its own.
+    ActivationOffload* offload = inputs != nullptr ? inputs->offload : nullptr;
+    // Two buffers in turn; when every layer's input stays, each output has memory of its own.
+    const bool keep = inputs != nullptr && offload == nullptr;
     std::vector<Tensor> buffers;
-    for (int64_t i = 0; i < (layer_inputs != nullptr ? num_layers + 1 : 2); ++i) {
+    for (int64_t i = 0; i < (keep ? num_layers + 1 : 2); ++i) {
         buffers.push_back(scratch_like(pass, T, D));
     }
     Tensor x = buffers[0];
@@ -286,8 +287,14 @@ Tensor forward_hidden(Pass& pass, std::vector<Tensor>* layer_inputs) {
     }
     for (int64_t layer = 0; layer < num_layers; ++layer) {
         const ScratchScope temporaries(pass.stream.scratch);
-        if (layer_inputs != nullptr) {
-            layer_inputs->push_back(x);
+        if (inputs != nullptr) {
+            inputs->x.push_back(x);
+        }
+        if (offload != nullptr) {
+            offload->wait(pass.stream);  // this layer writes over the input of the one before
+            if (layer + 1 < num_layers) {
+                offload->store(pass.stream, layer, x);
+            }
         }
         x = forward_layer(pass, layer, x, buffers[static_cast<size_t>(layer + 1) % buffers.size()]);
     }
@@ -319,7 +326,7 @@ HeadParams head_params(const Model& model, Tensor h) {
     return p;
 }
 
-void backward_layers(Pass& pass, std::span<const Tensor> layer_inputs, Tensor d_hidden) {
+void backward_layers(Pass& pass, const LayerInputs& inputs, Tensor d_hidden) {
     CHECK(pass.tape == nullptr, "(the tape is made here)");
     const ScratchScope decoded(pass.stream.scratch);
     std::optional<DequantBuffer> dequant;
@@ -339,7 +346,14 @@ void backward_layers(Pass& pass, std::span<const Tensor> layer_inputs, Tensor d_
             &tape,
             dequant ? &*dequant : nullptr,
             pass.replay};
-        const Tensor x = layer_inputs[static_cast<size_t>(layer)];
+        const Tensor x = inputs.x[static_cast<size_t>(layer)];
+        if (inputs.offload != nullptr) {
+            inputs.offload->wait(pass.stream);
+            if (layer > 0) {
+                const Tensor below = inputs.x[static_cast<size_t>(layer - 1)];
+                inputs.offload->fetch(pass.stream, layer - 1, below);
+            }
+        }
         const Tensor y = forward_layer(recompute, layer, x, scratch_same(recompute, x));
         tape.alias(y, d_hidden);
         tape.run_backward();

@@ -4,10 +4,10 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
 #include <vector>
 
 #include "adapter/adapter.h"
+#include "model/activation_offload.h"
 #include "model/kv_cache.h"
 #include "model/model.h"
 #include "model/tape.h"
@@ -52,9 +52,16 @@ struct Pass {
 // x after layer `index`; written to `out` ([T, width]).
 Tensor forward_layer(Pass& pass, int64_t index, Tensor x, Tensor out);
 
-// Embedding and all layers: the hidden states before the final norm, [T, width]. `layer_inputs`,
-// when given, receives the input of every layer (kept in scratch) for recomputation.
-Tensor forward_hidden(Pass& pass, std::vector<Tensor>* layer_inputs = nullptr);
+// What forward keeps for backward: the input of every layer, [T, width] in scratch. Each has memory
+// of its own; with `offload` two buffers take them in turn, and all but the last are on the host.
+struct LayerInputs {
+    ActivationOffload* offload = nullptr;  // the caller's
+    std::vector<Tensor> x;                 // filled by forward_hidden
+};
+
+// Embedding and all layers: the hidden states before the final norm, [T, width]. `inputs`, when
+// given, receives the input of every layer for recomputation.
+Tensor forward_hidden(Pass& pass, LayerInputs* inputs = nullptr);
 
 // The head's input for chosen rows: gather, then final norm. rows: device int32 [num_rows].
 // `gathered` receives the rows before the norm when given (backward needs them).
@@ -70,7 +77,8 @@ int64_t dequant_bytes(const Model& model, int64_t tokens);
 int64_t dequant_bytes(const ModelConfig& config, const DequantOptions& options, int64_t tokens);
 
 // Walks all layers back from d_hidden = dL/d(hidden before the final norm) [T, width], re-running
-// each layer with a tape, and adds the adapter's gradients to its accumulators. Destroys d_hidden.
-void backward_layers(Pass& pass, std::span<const Tensor> layer_inputs, Tensor d_hidden);
+// each layer with a tape, and adds the adapter's gradients to its accumulators. Destroys d_hidden,
+// and with offloaded inputs what forward_hidden returned.
+void backward_layers(Pass& pass, const LayerInputs& inputs, Tensor d_hidden);
 
 }  // namespace orbit

@@ -130,7 +130,7 @@ class Bench {
 
     // Remembers what the device holds now: on a GPU what its driver says, on a CPU what was
     // allocated.
-    void measure(const RolloutEngine* engine) {
+    void measure(const RolloutEngine* engine, const Trainer* trainer) {
         size_t bytes = 0;
         if (!stream_.is_cpu()) {
             const MemoryInfo info = memory_info(stream_.device);
@@ -138,6 +138,7 @@ class Bench {
         } else {
             bytes = model_.arena.total_bytes() + stream_.scratch.allocated_bytes();
             bytes += engine != nullptr ? engine->memory_bytes() : 0;
+            bytes += trainer != nullptr ? static_cast<size_t>(trainer->offloaded_bytes()) : 0;
             if (adapter_ != nullptr) {
                 for (const auto& entry : adapter_->ledger()) {
                     bytes += entry.bytes;
@@ -147,7 +148,7 @@ class Bench {
         memory_bytes_ = std::max(memory_bytes_, static_cast<double>(bytes));
     }
 
-    // Fills the row's memory.
+    // Fills the row's memory of the device.
     void report_memory(BenchRow& row, const MemoryPlan& plan) const {
         constexpr double kMiB = 1 << 20;
         row.memory_bytes = memory_bytes_;
@@ -159,6 +160,10 @@ class Bench {
             static_cast<double>(stream_.scratch.peak_bytes()) / kMiB,
             static_cast<double>(plan.scratch) / kMiB
         );
+        if (plan.pinned > 0) {
+            row.note +=
+                fmt::format(", pinned host {:.0f} MiB", static_cast<double>(plan.pinned) / kMiB);
+        }
     }
 
     double floor_us(double bytes, double flops) const {
@@ -444,15 +449,13 @@ class Bench {
         row.note = fmt::format(
             "prefill {:.0f} tok/s", static_cast<double>(batch * options_.context) / prefill
         );
-        measure(&engine);
+        measure(&engine, nullptr);
         report_memory(row, memory);
         add(row);
     }
 
     // One packed batch through forward, recomputed backward and the optimiser.
     void train() {
-        TrainOptions options;
-        Trainer trainer(stream_, model_, *adapter_, options, SamplingFilter{});
         std::vector<std::vector<int32_t>> texts;
         for (int64_t done = 0; done < options_.train_tokens; done += options_.train_length) {
             texts.push_back(
@@ -468,13 +471,15 @@ class Bench {
         shape.tokens = shape.sequences * options_.train_length;
         shape.rows = shape.tokens;
         shape.longest = options_.train_length;
+        shape.offload = options_.activation_offloading;
         const MemoryPlan memory = plan({}, shape);
         prepare(memory);
+        Trainer trainer = make_trainer(shape.tokens);
         const auto step = [&](int) {
             const int slot = adapter_->pin_current();
             trainer.accumulate(sequences, slot, [&](auto, auto, auto coefficients) {
                 if (memory_bytes_ <= 0) {
-                    measure(nullptr);
+                    measure(nullptr, &trainer);
                 }
                 for (auto& c : coefficients) {
                     std::fill(c.d_logprob.begin(), c.d_logprob.end(), -1e-4f);
@@ -496,11 +501,12 @@ class Bench {
         BenchRow row;
         row.what = "train step";
         row.shape = fmt::format(
-            "{} {} x {} tokens adapter {}",
+            "{} {} x {} tokens adapter {}{}",
             model_.name,
             texts.size(),
             options_.train_length,
-            options_.adapter
+            options_.adapter,
+            options_.activation_offloading ? " offloading" : ""
         );
         row.time_us = 1e6 * seconds;
         row.floor_us = options_.matrix_flops_per_s > 0 ? floor_us(0, flops) : 0;
@@ -509,6 +515,12 @@ class Bench {
             fmt::format("{:.1f} TFLOP/s (6N, attention and head in)", flops / seconds * 1e-12);
         report_memory(row, memory);
         add(row);
+    }
+
+    Trainer make_trainer(int64_t tokens) {
+        TrainOptions options;
+        options.activation_offloading = options_.activation_offloading;
+        return {stream_, model_, *adapter_, options, SamplingFilter{}, false, tokens};
     }
 
     // Rollout of prompts x samples, training on all of it, and the update; no reward program, no
@@ -553,13 +565,14 @@ class Bench {
         BenchRow row;
         row.what = "rl step";
         row.shape = fmt::format(
-            "{} {} x {}, {} in, {} out, adapter {}",
+            "{} {} x {}, {} in, {} out, adapter {}{}",
             model_.name,
             options_.rl_prompts,
             options_.rl_samples,
             options_.rl_prompt_tokens,
             options_.rl_response_tokens,
-            options_.adapter
+            options_.adapter,
+            options_.activation_offloading ? " offloading" : ""
         );
         row.time_us = 1e6 * (rollout + train);
         row.tokens_per_s =
@@ -586,6 +599,7 @@ class Bench {
         shape.tokens = shape.sequences * (length - 1);
         shape.rows = shape.sequences * options_.rl_response_tokens;
         shape.longest = length;
+        shape.offload = options_.activation_offloading;
         return shape;
     }
 
@@ -594,8 +608,8 @@ class Bench {
         const std::vector<Completion>& done,
         const RolloutEngine& engine
     ) {
+        Trainer trainer = make_trainer(rl_batch().tokens);
         const double start = now_s();
-        Trainer trainer(stream_, model_, *adapter_, TrainOptions{}, SamplingFilter{});
         const int slot = adapter_->pin_current();
         std::vector<std::vector<int32_t>> texts(done.size());
         std::vector<TrainSequence> batch;
@@ -603,7 +617,7 @@ class Bench {
         const auto flush = [&] {
             trainer.accumulate(batch, slot, [&](auto sequences, auto columns, auto coefficients) {
                 if (memory_bytes_ <= 0) {
-                    measure(&engine);
+                    measure(&engine, &trainer);
                 }
                 for (size_t i = 0; i < sequences.size(); ++i) {
                     const auto& sampled = done[static_cast<size_t>(sequences[i].index)].logprobs;

@@ -18,6 +18,7 @@ struct BenchOptions {
     int64_t context = 1024;
     int64_t train_length = 2048;  // tokens of one packed sequence
     int64_t train_tokens = 8192;  // tokens of one batch
+    bool activation_offloading = false;
     int64_t rl_prompts = 64;
     int64_t rl_samples = 8;
     int64_t rl_prompt_tokens = 128;

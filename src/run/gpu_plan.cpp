@@ -63,7 +63,7 @@ AdapterBytes adapter_bytes(const AdapterOptions& options, std::vector<AdapterSit
 // Layer inputs stay whole on every GPU; what one layer computes is shared out. Per token, forward
 // and gradient: norms and residuals, the outputs of attention (rope's and attention's beside them),
 // gate, up and their product, the inputs and outputs of experts.
-double activation_bytes(const PlanModel& m, double tokens, double gpus) {
+double activation_bytes(const PlanModel& m, double tokens, double gpus, bool offload) {
     const auto width = static_cast<double>(m.width * m.streams);
     double attention = 0;
     for (const PlanMatrix& matrix : m.matrices) {
@@ -77,7 +77,7 @@ double activation_bytes(const PlanModel& m, double tokens, double gpus) {
         const auto each = static_cast<double>(3 * m.expert_width + 2 * m.width);
         mlp = static_cast<double>(m.experts_per_token + m.shared_experts) * each;
     }
-    const double inputs = static_cast<double>(m.num_layers + 1) * width;
+    const double inputs = offload ? 2 * width : static_cast<double>(m.num_layers + 1) * width;
     const double layer = 2 * (3 * width + 1.6 * attention + mlp);
     return 2 * tokens * (inputs + layer / gpus);
 }
@@ -124,6 +124,7 @@ void add_exact(const PlanModel& m, const GpuPlanOptions& o, GpuPlan& plan) {
     train.rows = train.tokens;
     train.sequences = std::max<int64_t>(1, train.tokens / o.context);
     train.longest = o.context;
+    train.offload = o.activation_offloading;
     const MemoryPlan memory = plan_memory(scratch, 0, rollout, train);
     size_t copies = 0;
     size_t learning = 0;
@@ -150,6 +151,7 @@ void add_exact(const PlanModel& m, const GpuPlanOptions& o, GpuPlan& plan) {
     plan.entries.push_back(
         {"activations of a training batch", memory.scratch + find("training KV pages")}
     );
+    plan.pinned = memory.pinned;
     const int64_t rows = std::min(m.config.max_positions, kRopeRowsMax);
     const auto rope = static_cast<size_t>(rows * m.config.head_dim) * sizeof(float);
     plan.entries.push_back({"workspace: decoding, rope tables", decoding + rope});
@@ -167,7 +169,13 @@ void add_estimate(const PlanModel& m, const GpuPlanOptions& o, GpuPlan& plan) {
     add("adapter: two versions in bf16", experts.copies / count + others.copies);
     add("optimiser: masters, gradients, moments", experts.learning / count + others.learning);
     add("KV pages of the rollout", kv_bytes(m, o, gpus));
-    add("activations of a training batch", activation_bytes(m, tokens, count));
+    add("activations of a training batch",
+        activation_bytes(m, tokens, count, o.activation_offloading));
+    if (o.activation_offloading) {
+        const auto width = static_cast<double>(m.width * m.streams);
+        plan.pinned =
+            static_cast<size_t>(2 * tokens * static_cast<double>(m.num_layers - 1) * width);
+    }
     add("workspace: logits of the head",
         head_bytes(m, tokens) + head_bytes(m, static_cast<double>(o.batch)));
 }
@@ -301,7 +309,11 @@ std::string remedy_text(const PlanModel& m, const GpuPlanOptions& o, const GpuPl
         if (line.name.starts_with("KV")) {
             advise(fmt::format("a smaller --batch ({}) or --context ({})", o.batch, o.context));
         } else if (line.name.starts_with("activations")) {
-            advise(fmt::format("a smaller --tokens ({})", o.tokens));
+            advise(fmt::format(
+                "a smaller --tokens ({}){}",
+                o.tokens,
+                o.activation_offloading ? "" : " or --activation-offloading"
+            ));
         } else if (line.name.starts_with("optimiser")) {
             advise(
                 o.adapter.kind == "lora" ? "a lower --rank or fewer --targets"
@@ -414,6 +426,12 @@ std::string gpu_plan_text(const PlanModel& m, const GpuPlanOptions& o, const Gpu
     }
     text += row("all", plan.total(), plan.usable);
     text += row("the GPU has", plan.usable, plan.usable);
+    if (plan.pinned > 0) {
+        text += fmt::format(
+            "\nin pinned host memory, for each GPU: {:.2f} GiB of layer inputs\n",
+            static_cast<double>(plan.pinned) / kGiB
+        );
+    }
     const double left = plan.usable - plan.total();
     if (plan.fits()) {
         text += fmt::format("\nfits: {:.1f} GiB of each GPU are left\n", left / kGiB);

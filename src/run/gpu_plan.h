@@ -31,6 +31,7 @@ struct GpuPlanOptions {
     int64_t batch = 64;      // sequences that are decoded together
     int64_t context = 4096;  // tokens of each, prompt and answer
     int64_t tokens = 8192;   // of a training batch
+    bool activation_offloading = false;
     AdapterOptions adapter;
     int64_t dequant_bytes = MoeOptions{}.dequant_bytes;
 };
@@ -38,6 +39,7 @@ struct GpuPlanOptions {
 struct GpuPlan {
     GpuSet set;
     std::vector<LedgerEntry> entries;  // of one GPU
+    size_t pinned = 0;                 // of the host for each GPU: layer inputs
     double usable = 0;
     bool exact = false;           // counted as the engine takes it: one GPU, a family that runs
     int64_t host_layers = 0;      // layers whose experts would have to be in host memory

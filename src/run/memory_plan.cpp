@@ -43,7 +43,7 @@ int64_t bytes_named(const MemoryPlan& plan, const std::string& start) {
 }
 
 // What makes one line of the plan smaller.
-std::string remedy(const std::string& name, const Config& c) {
+std::string remedy(const MemoryPlan& plan, const std::string& name, const Config& c) {
     if (name == "base") {
         return c.quantize.empty() ? "set quantize = \"int4\" for a BF16 base, or take a smaller one"
                                   : "take a smaller model";
@@ -54,7 +54,15 @@ std::string remedy(const std::string& name, const Config& c) {
                    : fmt::format("lower adapter.block_size ({})", c.adapter.block_size);
     }
     if (name.starts_with("training")) {
-        return fmt::format("lower train.tokens_per_batch ({})", c.train.tokens_per_batch);
+        std::string ways =
+            fmt::format("lower train.tokens_per_batch ({})", c.train.tokens_per_batch);
+        if (plan.offloadable > 0) {
+            ways += fmt::format(
+                ", or set train.activation_offloading = true (moves {:.1f} MiB to host memory)",
+                mib(plan.offloadable)
+            );
+        }
+        return ways;
     }
     if (name == "prefill") {
         return fmt::format("lower rollout.prefill_chunk ({})", c.rollout.prefill_chunk);
@@ -98,6 +106,12 @@ MemoryPlan plan_memory(
             "training KV pages",
             page_bytes(m, 1, rollout.engine.record_routing) * training_pages(train)
         );
+        const int64_t inputs = offload_bytes(m.config, m.compute, train.tokens);
+        if (m.on_cpu && train.offload) {
+            plan.add("training layer inputs", inputs);
+        } else if (!m.on_cpu) {
+            (train.offload ? plan.pinned : plan.offloadable) = static_cast<size_t>(inputs);
+        }
     }
     int64_t prefill = 0;
     if (rollout.engine.max_batch > 0 && rollout.longest > 0) {
@@ -135,32 +149,47 @@ EngineOptions engine_options(const Config& c, int64_t longest_prompt) {
     return options;
 }
 
+TrainShape largest_batch(const Config& c, const ModelConfig& model, int64_t longest_prompt) {
+    TrainShape shape;
+    const int64_t answers = c.rollout.prompts_per_step * c.rollout.samples_per_prompt;
+    shape.longest = std::min(longest_prompt + c.rollout.max_tokens, model.max_positions);
+    shape.tokens =
+        std::min(std::max(c.train.tokens_per_batch, shape.longest), answers * shape.longest);
+    shape.rows = std::min(shape.tokens, answers * c.rollout.max_tokens);
+    shape.sequences = std::min(answers, shape.tokens);
+    shape.filter = {c.rollout.temperature, c.rollout.top_p, c.rollout.top_k, c.rollout.min_p};
+    shape.replay_routing = c.moe.replay_routing;
+    shape.offload = c.train.activation_offloading;
+    return shape;
+}
+
 MemoryPlan plan_run(
     const Config& c, const Device& device, const Checkpoint& checkpoint, int64_t longest_prompt
 ) {
     ScratchModel m = scratch_model(device, checkpoint.config, c.adapter);
     m.dequant = {c.moe.dequant_bytes, c.moe.dequant_rows};
+    const TrainShape train = largest_batch(c, checkpoint.config, longest_prompt);
     RolloutShape rollout;
     rollout.engine = engine_options(c, longest_prompt);
     rollout.longest_prompt = longest_prompt;
-    rollout.longest =
-        std::min(longest_prompt + c.rollout.max_tokens, checkpoint.config.max_positions);
-    rollout.filter = {c.rollout.temperature, c.rollout.top_p, c.rollout.top_k, c.rollout.min_p};
-    TrainShape train;
-    const int64_t answers = c.rollout.prompts_per_step * c.rollout.samples_per_prompt;
-    train.longest = rollout.longest;
-    train.tokens =
-        std::min(std::max(c.train.tokens_per_batch, rollout.longest), answers * rollout.longest);
-    train.rows = std::min(train.tokens, answers * c.rollout.max_tokens);
-    train.sequences = std::min(answers, train.tokens);
-    train.filter = rollout.filter;
-    train.replay_routing = c.moe.replay_routing;
+    rollout.longest = train.longest;
+    rollout.filter = train.filter;
     LoadOptions load;
     load.quantize = c.quantize;
     return plan_memory(m, base_bytes(checkpoint, load), rollout, train);
 }
 
-void check_fits(const MemoryPlan& plan, const Config& config, size_t available) {
+void check_fits(
+    const MemoryPlan& plan, const Config& config, size_t available, size_t host_available
+) {
+    USER_CHECK(
+        plan.pinned <= host_available || host_available == 0,
+        "train.activation_offloading needs {:.1f} MiB of host memory, {:.1f} MiB are available; "
+        "lower train.tokens_per_batch ({}), or set it to false.",
+        mib(plan.pinned),
+        mib(host_available),
+        config.train.tokens_per_batch
+    );
     if (plan.total() <= available) {
         return;
     }
@@ -174,7 +203,7 @@ void check_fits(const MemoryPlan& plan, const Config& config, size_t available) 
         lines += fmt::format(
             "{}{} {:.1f} MiB", i == 0 ? "" : ", ", largest[i].name, mib(largest[i].bytes)
         );
-        const std::string way = remedy(largest[i].name, config);
+        const std::string way = remedy(plan, largest[i].name, config);
         if (std::find(remedies.begin(), remedies.end(), way) == remedies.end()) {
             remedies.push_back(way);
         }
@@ -205,6 +234,9 @@ std::string plan_text(const MemoryPlan& plan) {
         } else if (entry.name == "adapter masters") {
             part("adapter", static_cast<size_t>(adapter));
         }
+    }
+    if (plan.pinned > 0) {
+        part("and in pinned host memory layer inputs", plan.pinned);
     }
     return text;
 }

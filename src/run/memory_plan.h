@@ -13,8 +13,10 @@ namespace orbit {
 
 // Everything that is there at the same time, at the worst moment of the run.
 struct MemoryPlan {
-    std::vector<LedgerEntry> entries;
-    size_t scratch = 0;  // of the main stream: the larger of a training batch and a prefill
+    std::vector<LedgerEntry> entries;  // of the device
+    size_t scratch = 0;      // of the main stream: the larger of a training batch and a prefill
+    size_t pinned = 0;       // of the host beside a GPU: layer inputs of a training batch
+    size_t offloadable = 0;  // what train.activation_offloading would make of them
 
     void add(const std::string& name, int64_t bytes);
     size_t total() const;
@@ -36,13 +38,17 @@ MemoryPlan plan_memory(
 );
 
 EngineOptions engine_options(const Config& config, int64_t longest_prompt);
+TrainShape largest_batch(const Config& config, const ModelConfig& model, int64_t longest_prompt);
 // Of the run that `config` describes.
 MemoryPlan plan_run(
     const Config& config, const Device& device, const Checkpoint& checkpoint, int64_t longest_prompt
 );
 
-// UserError when the plan exceeds `available` bytes: the largest lines, and what to change.
-void check_fits(const MemoryPlan& plan, const Config& config, size_t available);
+// UserError when the plan exceeds `available` bytes, or its pinned memory `host_available` (0: not
+// known): the largest lines, and what to change.
+void check_fits(
+    const MemoryPlan& plan, const Config& config, size_t available, size_t host_available
+);
 
 std::string plan_text(const MemoryPlan& plan);  // "base 10.0 MiB, KV pages 2.0 MiB, ..."
 

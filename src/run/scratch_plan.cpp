@@ -538,7 +538,7 @@ int64_t training_scratch(const ScratchModel& m, const TrainShape& shape) {
     if (shape.replay_routing) {
         meter.take(training_pages(shape) * routing_page_bytes(m));
     }
-    hidden(m, meter, batch, true);
+    hidden(m, meter, batch, !shape.offload);
     columns();  // rows
     columns();  // targets
     meter.take(shape.rows * row_bytes);

@@ -35,6 +35,7 @@ struct TrainShape {
     int64_t longest = 0;  // tokens of the longest sequence
     SamplingFilter filter;
     bool replay_routing = false;
+    bool offload = false;  // layer inputs, all but two, in host memory
 };
 
 struct PrefillShape {

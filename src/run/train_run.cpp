@@ -76,7 +76,7 @@ struct Run {
         plan = plan_run(c, device, checkpoint, longest);
         available = memory_info(device).available;
         if (available > 0) {  // 0: the system does not say
-            check_fits(plan, c, available);
+            check_fits(plan, c, available, host_memory_info().available);
         }
         LoadOptions load;
         load.quantize = c.quantize;
@@ -88,7 +88,8 @@ struct Run {
         );
         const SamplingFilter filter{
             c.rollout.temperature, c.rollout.top_p, c.rollout.top_k, c.rollout.min_p};
-        trainer.emplace(stream, *model, *adapter, c.train, filter, c.moe.replay_routing);
+        const int64_t most = largest_batch(c, model->config, longest).tokens;
+        trainer.emplace(stream, *model, *adapter, c.train, filter, c.moe.replay_routing, most);
         engine.emplace(stream, *model, adapter.get(), engine_options(c, longest));
     }
 
@@ -143,6 +144,11 @@ void print_ledger(const Run& run) {
         line += fmt::format(", {} {:.1f} MiB", entry.name, mib(entry.bytes));
     }
     line += fmt::format(", KV pages {:.1f} MiB", mib(run.engine->kv_bytes()));
+    if (const int64_t bytes = run.trainer->offloaded_bytes(); bytes > 0) {
+        line += fmt::format(
+            ", layer inputs in host memory {:.1f} MiB", mib(static_cast<size_t>(bytes))
+        );
+    }
     log_line(line);
     log_line(fmt::format(
         "memory at the most {:.1f} of {:.1f} MiB: {}",

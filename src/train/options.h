@@ -17,6 +17,7 @@ struct TrainOptions {
     double weight_decay = 0;
     double clip_norm = 1.0;
     int64_t tokens_per_batch = 8192;
+    bool activation_offloading = false;
     int64_t max_staleness = 0;
     double clip_low = 0.2;
     double clip_high = 0.28;
@@ -34,6 +35,11 @@ struct TrainOptions {
         field("weight_decay", weight_decay, "AdamW weight decay");
         field("clip_norm", clip_norm, "largest global gradient norm; 0 is off");
         field("tokens_per_batch", tokens_per_batch, "tokens of one packed forward and backward");
+        field(
+            "activation_offloading",
+            activation_offloading,
+            "layer inputs wait for backward in pinned host memory; changes no bit"
+        );
         field(
             "max_staleness",
             max_staleness,

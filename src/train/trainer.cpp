@@ -126,7 +126,8 @@ Trainer::Trainer(
     AdapterStore& adapter,
     const TrainOptions& options,
     SamplingFilter filter,
-    bool replay_routing
+    bool replay_routing,
+    int64_t offload_tokens
 )
     : stream_(&stream),
       model_(&model),
@@ -135,6 +136,9 @@ Trainer::Trainer(
       filter_(filter),
       replay_routing_(replay_routing) {
     adapter_->zero_gradients(stream);
+    if (options.activation_offloading) {
+        offload_ = std::make_unique<ActivationOffload>(stream.device, model, offload_tokens);
+    }
 }
 
 RoutingCheck Trainer::accumulate(
@@ -150,8 +154,8 @@ RoutingCheck Trainer::accumulate(
     if (replay_routing_ && kv.routing().defined()) {
         pass.replay = upload_replay(stream, sequences, kv.routing(), packed.num_pages);
     }
-    std::vector<Tensor> layer_inputs;
-    const Tensor hidden = forward_hidden(pass, &layer_inputs);
+    LayerInputs inputs{offload_.get(), {}};
+    const Tensor hidden = forward_hidden(pass, &inputs);
 
     const int32_t* rows = upload_array<int32_t>(stream, packed.rows);
     const int32_t* targets = upload_array<int32_t>(stream, packed.targets);
@@ -208,7 +212,7 @@ RoutingCheck Trainer::accumulate(
         stream.scratch.take(model_->compute, {pass.batch.num_tokens, model_->config.width});
     zero_fill(stream, d_hidden.data, static_cast<size_t>(d_hidden.bytes()));
     scatter_rows(stream, d_rows, rows, d_hidden);
-    backward_layers(pass, layer_inputs, d_hidden);
+    backward_layers(pass, inputs, d_hidden);
     return routing;
 }
 

@@ -3,12 +3,14 @@
 //
 // accumulate() runs the same forward as the rollout, so the log-probs it sees are the sampler's
 // bits; it asks the objective for (dL/dlogp, dL/dentropy) of every response token and walks the
-// layers back, re-running each one. Memory of one batch: an input per layer, one layer's
-// activations, and a chunk of logits.
+// layers back, re-running each one. Memory of one batch: an input per layer (two with
+// train.activation_offloading, the others in host memory), one layer's activations, and a chunk of
+// logits.
 #pragma once
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -67,7 +69,8 @@ class Trainer {
         AdapterStore& adapter,
         const TrainOptions& options,
         SamplingFilter filter,
-        bool replay_routing = false  // take the recorded experts instead of the router's choice
+        bool replay_routing = false,  // take the recorded experts instead of the router's choice
+        int64_t offload_tokens = 0    // of the largest batch, with train.activation_offloading
     );
 
     // Adds the gradient of one batch. Sequences are whole; slot: the adapter version to
@@ -82,6 +85,9 @@ class Trainer {
     Update apply();
 
     AdapterStore& adapter() { return *adapter_; }
+
+    // Host memory of layer inputs; 0 without train.activation_offloading.
+    int64_t offloaded_bytes() const { return offload_ ? offload_->bytes() : 0; }
 
     int64_t optimizer_step() const { return optimizer_step_; }
 
@@ -103,6 +109,7 @@ class Trainer {
     TrainOptions options_;
     SamplingFilter filter_;
     bool replay_routing_;
+    std::unique_ptr<ActivationOffload> offload_;
     int64_t optimizer_step_ = 0;  // applied steps
     int skipped_in_a_row_ = 0;
     // By tensor of the adapter: false while its moments are known to be zero. Empty: not known.

@@ -59,6 +59,27 @@ void free(int ordinal, void* pointer) {
     CUDA_CHECK(cudaFree(pointer));
 }
 
+void* allocate_host(int ordinal, size_t bytes) {
+    CUDA_CHECK(cudaSetDevice(ordinal));
+    void* pointer = nullptr;
+    const cudaError_t status = cudaHostAlloc(&pointer, bytes, cudaHostAllocDefault);
+    if (status == cudaErrorMemoryAllocation) {
+        (void)cudaGetLastError();
+        throw UserError(fmt::format(
+            "this machine did not give {:.1f} MiB of pinned host memory; end other programs, or "
+            "keep less there (train.activation_offloading, train.tokens_per_batch).",
+            static_cast<double>(bytes) / (1024.0 * 1024.0)
+        ));
+    }
+    CUDA_CHECK(status);
+    return pointer;
+}
+
+void free_host(int ordinal, void* pointer) {
+    CUDA_CHECK(cudaSetDevice(ordinal));
+    CUDA_CHECK(cudaFreeHost(pointer));
+}
+
 void* create_stream(int ordinal) {
     CUDA_CHECK(cudaSetDevice(ordinal));
     cudaStream_t stream = nullptr;
@@ -80,7 +101,6 @@ void copy_to_device(void* stream, void* to, const void* from, size_t bytes) {
 
 void copy_to_host(void* stream, void* to, const void* from, size_t bytes) {
     CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, as_stream(stream)));
-    CUDA_CHECK(cudaStreamSynchronize(as_stream(stream)));
 }
 
 void copy_on_device(void* stream, void* to, const void* from, size_t bytes) {
@@ -93,6 +113,16 @@ void zero_fill(void* stream, void* to, size_t bytes) {
 
 void synchronize(void* stream) {
     CUDA_CHECK(cudaStreamSynchronize(as_stream(stream)));
+}
+
+// The event's memory is released once it is no longer waited for.
+void wait_for(int ordinal, void* stream, void* other) {
+    CUDA_CHECK(cudaSetDevice(ordinal));
+    cudaEvent_t event = nullptr;
+    CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    CUDA_CHECK(cudaEventRecord(event, as_stream(other)));
+    CUDA_CHECK(cudaStreamWaitEvent(as_stream(stream), event, 0));
+    CUDA_CHECK(cudaEventDestroy(event));
 }
 
 }  // namespace orbit::cuda
