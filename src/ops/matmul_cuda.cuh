@@ -220,6 +220,11 @@ void matmul(cudaStream_t queue, WeightFormat format, Direction direction, const 
 // Products of one format and one m in one launch. `group.first_block` is filled in here.
 void matmul_group(cudaStream_t queue, WeightFormat format, Direction direction, MatmulGroup& group);
 
+// Many rows of bf16 weights on Hopper: matmul_tma_cuda.cu. Whether that member takes these
+// products, whose operands are known to be aligned.
+bool fits_pairs(Direction direction, const MatmulGroup& group);
+void matmul_pairs(cudaStream_t queue, Direction direction, const MatmulGroup& group);
+
 template <WeightFormat kFormat>
 void matmul_format(cudaStream_t queue, Direction direction, MatmulGroup& group);
 

@@ -143,6 +143,12 @@ void launch_best_tile(cudaStream_t queue, MatmulGroup& group) {
         }
     }
     if (!narrow && group.args[0].m > 64 && count_blocks(group, 128, 128) >= kEnoughWide) {
+        if constexpr (kFormat == WeightFormat::kBF16) {
+            constexpr auto kDirection = kBackward ? Direction::kBackward : Direction::kForward;
+            if (fits_pairs(kDirection, group)) {
+                return matmul_pairs(queue, kDirection, group);
+            }
+        }
         if (has_wgmma()) {
             launch_wgmma<kFormat, kBackward, kSegmented>(queue, group);
         } else {

@@ -518,6 +518,19 @@ __device__ __forceinline__ void close_segment(
     }
 }
 
+template <int kFragments>
+__device__ __forceinline__ void add_fragments(
+    float (&total)[kFragments][4], const float (&acc)[kFragments][4]
+) {
+#pragma unroll
+    for (int j = 0; j < kFragments; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            total[j][c] = __fadd_rn(total[j][c], acc[j][c]);
+        }
+    }
+}
+
 // The output tile at (m0, n0); the whole block works on it.
 // kTeams > 1: as many teams as the contraction has segments, each takes one. Else one team walks
 // through all of it, and with kSegmented adds up segment by segment.

@@ -26,22 +26,9 @@ __device__ __forceinline__ void issue_wgmma(
         const uint64_t b = kBackward
                                ? descriptor_across_k(w_tile + step * 16 * 128, kColumnBlockBytes)
                                : descriptor_along_k(w_tile + step * 32);
-        wgmma_64_128<kBackward>(acc, a, b, step > 0 || !fresh ? 1 : 0);
+        wgmma_shared<128, kBackward>(acc, a, b, step > 0 || !fresh ? 1 : 0);
     }
     wgmma_commit();
-}
-
-template <int kFragments>
-__device__ __forceinline__ void add_fragments(
-    float (&total)[kFragments][4], const float (&acc)[kFragments][4]
-) {
-#pragma unroll
-    for (int j = 0; j < kFragments; ++j) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            total[j][c] = __fadd_rn(total[j][c], acc[j][c]);
-        }
-    }
 }
 
 // The output tile at (m0, n0); the whole block works on it.

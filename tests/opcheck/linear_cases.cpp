@@ -2,6 +2,7 @@
 #include <fmt/core.h>
 
 #include <array>
+#include <cstring>
 
 #include "opcheck/cases.h"
 #include "opcheck/weights.h"
@@ -222,7 +223,8 @@ Case f32_out_case(const Shape& s, Random& random) {
     return c;
 }
 
-// d(x) = d(y) W as an op of its own, so that its rows can be compared.
+// d(x) = d(y) W, with LoRA's part, added to what d(x) holds if the shape has a residual; as an op
+// of its own, so that its rows can be compared.
 Case dx_case(const Shape& s, Random& random) {
     const TestWeight w = make_weight(s.format, s.out, s.in, random);
     const QuantizedMatrix weight = w.shape;
@@ -232,13 +234,21 @@ Case dx_case(const Shape& s, Random& random) {
     c.inputs = {
         per_row(input("dy", s.compute, {s.rows, s.out}, random.normals(s.rows * s.out))),
         raw_input("w", w.data, w.bf16_values),
-        raw_input("scales", w.scales, {})};
+        raw_input("scales", w.scales, {}),
+        input("bias", DType::kF32, {1}, {0.0f}),  // not used
+        per_row(input("before", s.compute, {s.rows, s.in}, random.normals(s.rows * s.in)))};
+    add_adapter_inputs(s, random, c);
     c.outputs = {{"dx", s.compute, {s.rows, s.in}, true}};
-    c.run = [weight](Stream& stream, const Tensors& in, const Tensors& out) {
-        LinearParams p;
-        p.x = out[0];
-        p.w = at_tensors(weight, in[kData], in[kScales]);
-        linear_backward(stream, p, in[0], out[0], false, {});
+    c.run = [s, weight](Stream& stream, const Tensors& in, const Tensors& out) {
+        if (s.residual) {
+            copy_on_device(
+                stream, out[0].data, in[kResidual].data, static_cast<size_t>(out[0].bytes())
+            );
+        }
+        LinearParams p = params_of(s, weight, in);
+        p.x = out[0];  // not read: no gradient of the adapter is asked for
+        p.residual = Tensor{};
+        linear_backward(stream, p, in[0], out[0], s.residual, {});
     };
     return c;
 }
@@ -276,6 +286,60 @@ void add_correctness_cases(CaseList& cases) {
         kind({WeightFormat::kQ4_0, 2, 32, 1312});
         kind({WeightFormat::kInt4, 300, 64, 64, compute, AdapterKind::kOft, 32});
         kind({WeightFormat::kInt4, 300, 64, 64, compute, AdapterKind::kLora, 8});
+    }
+}
+
+// Many rows of a bf16 weight: the kernel of pairs of blocks, in its two widths, with one segment
+// and several, more tiles than multiprocessors, and edges in every direction.
+void add_many_rows_cases(CaseList& cases) {
+    const auto add = [&](Case c) {
+        c.gpu_only = true;
+        c.reference = nullptr;  // too slow at these sizes
+        cases.push_back(std::move(c));
+    };
+    const auto bf16_shape = [](int64_t rows, int64_t in, int64_t out) {
+        Shape s;
+        s.rows = rows;
+        s.in = in;
+        s.out = out;
+        return s;
+    };
+    for (const Shape& s :
+         {bf16_shape(1100, 1056, 2000),     // one segment; few tiles
+          bf16_shape(2100, 1040, 9000),     // many
+          bf16_shape(1300, 2336, 1003),     // two segments, columns not in eights
+          bf16_shape(2500, 2080, 4104),     // two, many tiles
+          bf16_shape(1025, 4320, 1160)}) {  // four
+        Random random(cases.size() + 1);
+        add(f32_out_case(s, random));
+    }
+    const auto with_lora = [&](Shape s, int64_t rank, bool bias, bool residual) {
+        s.adapter = rank > 0 ? AdapterKind::kLora : AdapterKind::kNone;
+        s.adapter_size = rank;
+        s.bias = bias;
+        s.residual = residual;
+        return s;
+    };
+    for (const Shape& s :
+         {with_lora(bf16_shape(1100, 1088, 2008), 16, true, true),
+          with_lora(bf16_shape(2100, 1088, 6000), 16, false, true),  // many tiles
+          with_lora(bf16_shape(1500, 1032, 2001), 8, true, false),
+          with_lora(bf16_shape(1100, 2304, 1544), 32, false, true),
+          with_lora(bf16_shape(2500, 4104, 3080), 16, true, true),  // many, four segments
+          with_lora(bf16_shape(1100, 1088, 2008), 136, false, false),
+          with_lora(bf16_shape(1100, 1088, 2008), 4, false, true),
+          with_lora(bf16_shape(1100, 1088, 2008), 0, true, true)}) {
+        Random random(cases.size() + 1);
+        add(linear_case(s, make_weight(s.format, s.out, s.in, random), random));
+    }
+    for (const Shape& s :
+         {with_lora(bf16_shape(1100, 2008, 1088), 16, false, false),
+          with_lora(bf16_shape(2100, 6000, 1088), 40, false, true),    // many tiles
+          with_lora(bf16_shape(1100, 2008, 4200), 16, false, true),    // two segments
+          with_lora(bf16_shape(2500, 4104, 8264), 136, false, false),  // three, many
+          with_lora(bf16_shape(1100, 2008, 1096), 0, false, true)}) {
+        Random random(cases.size() + 1);
+        add(dx_case(s, random));
     }
 }
 
@@ -359,6 +423,107 @@ void add_perf_cases(CaseList& cases) {
     add({WeightFormat::kInt4, 0, 256, 768, DType::kBF16, AdapterKind::kLora, 16});
 }
 
+// Random bits of a kind that repeats: a large matrix is made fast.
+std::vector<uint8_t> repeated(const std::vector<uint8_t>& block, int64_t bytes) {
+    std::vector<uint8_t> all(static_cast<size_t>(bytes));
+    for (size_t at = 0; at < all.size(); at += block.size()) {
+        std::memcpy(&all[at], block.data(), std::min(block.size(), all.size() - at));
+    }
+    return all;
+}
+
+std::vector<uint8_t> random_bf16(int64_t count, Random& random) {
+    constexpr int64_t kPeriod = 1048573;  // a prime: neighbouring rows differ
+    std::vector<uint8_t> block;
+    for (const float value : random.normals(kPeriod)) {
+        const bf16 rounded = to_bf16(value);
+        block.resize(block.size() + sizeof rounded);
+        std::memcpy(&block[block.size() - sizeof rounded], &rounded, sizeof rounded);
+    }
+    return repeated(block, count * int64_t{sizeof(bf16)});
+}
+
+Tensor as_bf16(const Tensor& bytes, int64_t rows, int64_t cols) {
+    Tensor t = bytes;
+    t.dtype = DType::kBF16;
+    t.rank = 2;
+    t.shape = {rows, cols};
+    return t;
+}
+
+// Products at training's row counts, several a run, so that launches hide behind each other.
+Case rate_case(const std::string& name, const Shape& s, bool backward) {
+    constexpr int kProducts = 8;
+    Random random(1);
+    const TestWeight pattern = make_weight(s.format, 64, 16416, random);
+    QuantizedMatrix shape = pattern.shape;
+    shape.rows = s.out;
+    shape.cols = s.in;
+    Case c;
+    c.op = "linear_rate";
+    c.name = fmt::format("{} {}{}", name, name_of(s), backward ? " dgrad" : "");
+    const int64_t from = backward ? s.out : s.in;
+    const int64_t to = backward ? s.in : s.out;
+    c.inputs = {
+        raw_input("x", random_bf16(s.rows * from, random), {}),
+        raw_input("w", repeated(pattern.data, row_bytes(s.format, s.in) * s.out), {}),
+        raw_input(
+            "scales", repeated(pattern.scales, std::max<int64_t>(1, shape.scale_bytes())), {}
+        )};
+    c.outputs = {{"y", DType::kBF16, {s.rows, to}, false}};
+    c.run = [s, shape, from, backward](Stream& stream, const Tensors& in, const Tensors& out) {
+        LinearParams p;
+        p.w = at_tensors(shape, in[1], in[2]);
+        p.x = backward ? out[0] : as_bf16(in[0], s.rows, from);
+        for (int i = 0; i < kProducts; ++i) {
+            if (backward) {
+                linear_backward(stream, p, as_bf16(in[0], s.rows, from), out[0], false, {});
+            } else {
+                linear(stream, p, out[0]);
+            }
+        }
+    };
+    c.flops = 2.0 * kProducts * static_cast<double>(s.rows) * static_cast<double>(s.in * s.out);
+    return c;
+}
+
+void add_rate_cases(CaseList& cases) {
+    struct Layer {
+        const char* name;
+        int64_t in, out;
+    };
+
+    constexpr Layer kLayers[] = {
+        {"0.6B q", 1024, 2048},
+        {"0.6B o", 2048, 1024},
+        {"0.6B gate", 1024, 3072},
+        {"0.6B down", 3072, 1024},
+        {"4B q", 2560, 4096},
+        {"4B o", 4096, 2560},
+        {"4B gate", 2560, 9728},
+        {"4B down", 9728, 2560},
+        {"8B q", 4096, 4096},
+        {"8B gate", 4096, 12288},
+        {"8B down", 12288, 4096},
+    };
+    for (const WeightFormat format : {WeightFormat::kBF16, WeightFormat::kInt4}) {
+        for (const Layer& layer : kLayers) {
+            for (const auto& [rows, backward] :
+                 {std::pair{2048, false}, std::pair{8192, false}, std::pair{8192, true}}) {
+                Case c;
+                c.op = "linear_rate";
+                c.perf_only = true;
+                c.gpu_only = true;
+                c.prepare = [=](Case& self) {
+                    self = rate_case(layer.name, {format, rows, layer.in, layer.out}, backward);
+                    self.perf_only = true;
+                };
+                cases.push_back(c);
+            }
+        }
+    }
+}
+
 }  // namespace
 
 void add_linear_cases(CaseList& cases) {
@@ -377,7 +542,9 @@ void add_linear_cases(CaseList& cases) {
         }
     }
     add_gpu_cases(cases);
+    add_many_rows_cases(cases);
     add_perf_cases(cases);
+    add_rate_cases(cases);
 }
 
 }  // namespace orbit::opcheck

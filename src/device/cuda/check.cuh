@@ -67,7 +67,35 @@ inline bool overlaps_launches() {
 
 // Starts a kernel while its predecessor on the queue still runs; the kernel itself waits, with
 // wait_for_predecessor(), before it touches anything the predecessor reads or writes. Every thread
-// block of such a kernel must wait, so that the order stays that of the queue.
+// block of such a kernel must wait, so that the order stays that of the queue. `cluster`: of so
+// many neighbouring blocks; more than one only on Hopper.
+template <typename... Parameters, typename... Arguments>
+void launch_clusters_early(
+    unsigned cluster,
+    void (*kernel)(Parameters...),
+    dim3 grid,
+    unsigned threads,
+    size_t shared_bytes,
+    cudaStream_t queue,
+    Arguments&&... arguments
+) {
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster;
+    attributes[1].val.clusterDim.y = 1;
+    attributes[1].val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = queue;
+    config.attrs = attributes;
+    config.numAttrs = overlaps_launches() ? (cluster > 1 ? 2 : 1) : 0;
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch_early(
     void (*kernel)(Parameters...),
@@ -77,17 +105,7 @@ void launch_early(
     cudaStream_t queue,
     Arguments&&... arguments
 ) {
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = queue;
-    config.attrs = &early;
-    config.numAttrs = overlaps_launches() ? 1 : 0;
-    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+    launch_clusters_early(1, kernel, grid, threads, shared_bytes, queue, arguments...);
 }
 
 // Lets a kernel use more than 48 KiB of dynamic shared memory.

@@ -60,90 +60,19 @@ __device__ __forceinline__ void wgmma_wait() {
 #endif
 }
 
-// d = add ? d + a b : a b. With kBackward b's rows run across the contraction.
-template <bool kBackward>
-__device__ __forceinline__ void wgmma_64_128(float (&d)[16][4], uint64_t a, uint64_t b, int add) {
+// A warp group gives registers back, or takes more, so that each of its threads has kCount; all its
+// warps, and in a kernel with __launch_bounds__(threads, 1).
+template <int kCount>
+__device__ __forceinline__ void lower_registers() {
 #if defined(ORBIT_HAS_WGMMA)
-    asm volatile(
-        "{ .reg .pred add; setp.ne.b32 add, %67, 0; "
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, "
-        "%8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, "
-        "%24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, "
-        "%40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, "
-        "%56, %57, %58, %59, %60, %61, %62, %63}, "
-        "%64, %65, add, 1, 1, 0, %66; }"
-        : "+f"(d[0][0]),
-          "+f"(d[0][1]),
-          "+f"(d[0][2]),
-          "+f"(d[0][3]),
-          "+f"(d[1][0]),
-          "+f"(d[1][1]),
-          "+f"(d[1][2]),
-          "+f"(d[1][3]),
-          "+f"(d[2][0]),
-          "+f"(d[2][1]),
-          "+f"(d[2][2]),
-          "+f"(d[2][3]),
-          "+f"(d[3][0]),
-          "+f"(d[3][1]),
-          "+f"(d[3][2]),
-          "+f"(d[3][3]),
-          "+f"(d[4][0]),
-          "+f"(d[4][1]),
-          "+f"(d[4][2]),
-          "+f"(d[4][3]),
-          "+f"(d[5][0]),
-          "+f"(d[5][1]),
-          "+f"(d[5][2]),
-          "+f"(d[5][3]),
-          "+f"(d[6][0]),
-          "+f"(d[6][1]),
-          "+f"(d[6][2]),
-          "+f"(d[6][3]),
-          "+f"(d[7][0]),
-          "+f"(d[7][1]),
-          "+f"(d[7][2]),
-          "+f"(d[7][3]),
-          "+f"(d[8][0]),
-          "+f"(d[8][1]),
-          "+f"(d[8][2]),
-          "+f"(d[8][3]),
-          "+f"(d[9][0]),
-          "+f"(d[9][1]),
-          "+f"(d[9][2]),
-          "+f"(d[9][3]),
-          "+f"(d[10][0]),
-          "+f"(d[10][1]),
-          "+f"(d[10][2]),
-          "+f"(d[10][3]),
-          "+f"(d[11][0]),
-          "+f"(d[11][1]),
-          "+f"(d[11][2]),
-          "+f"(d[11][3]),
-          "+f"(d[12][0]),
-          "+f"(d[12][1]),
-          "+f"(d[12][2]),
-          "+f"(d[12][3]),
-          "+f"(d[13][0]),
-          "+f"(d[13][1]),
-          "+f"(d[13][2]),
-          "+f"(d[13][3]),
-          "+f"(d[14][0]),
-          "+f"(d[14][1]),
-          "+f"(d[14][2]),
-          "+f"(d[14][3]),
-          "+f"(d[15][0]),
-          "+f"(d[15][1]),
-          "+f"(d[15][2]),
-          "+f"(d[15][3])
-        : "l"(a), "l"(b), "n"(kBackward ? 1 : 0), "r"(add)
-    );
-#else
-    __trap();
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
+template <int kCount>
+__device__ __forceinline__ void raise_registers() {
+#if defined(ORBIT_HAS_WGMMA)
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 #endif
 }
 
@@ -172,35 +101,53 @@ __device__ __forceinline__ void pin_registers(T (&d)[kFragments][4]) {
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, " \
     "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, "  \
     "%26, %27, %28, %29, %30, %31"
-#define ORBIT_NEXT_32                                                \
+#define ORBIT_SECOND_32                                              \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, " \
     "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "   \
     "%56, %57, %58, %59, %60, %61, %62, %63"
+#define ORBIT_THIRD_32                                               \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, " \
+    "%76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, "   \
+    "%88, %89, %90, %91, %92, %93, %94, %95"
+#define ORBIT_FOURTH_32                                                     \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107," \
+    "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, "    \
+    "%119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define ORBIT_WGMMA(shape, flag)                                                          \
+    "{ .reg .pred add; setp.ne.b32 add, " flag ", 0; wgmma.mma_async.sync.aligned." shape \
+    ".f32.bf16.bf16 "
 
 // d = add ? d + a b : a b over 16 of the contraction, 64 rows of a and kN columns of b, both in
-// shared memory and along the contraction; asynchronous.
-template <int kN>
+// shared memory; a along the contraction, and b too, or with kAcross its rows across it;
+// asynchronous.
+template <int kN, bool kAcross = false>
 __device__ __forceinline__ void wgmma_shared(
     float (&d)[kN / 8][4], uint64_t a, uint64_t b, int add
 ) {
-    static_assert(kN == 64 || kN == 128);
+    static_assert(kN == 64 || kN == 128 || kN == 192 || kN == 256);
 #if defined(ORBIT_HAS_WGMMA)
+    constexpr int kTransposed = kAcross ? 1 : 0;
     if constexpr (kN == 64) {
-        asm volatile(
-            "{ .reg .pred add; setp.ne.b32 add, %34, 0; "
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " ORBIT_FIRST_32
-            "}, %32, %33, add, 1, 1, 0, 0; }"
-            : ORBIT_D32(0)
-            : "l"(a), "l"(b), "r"(add)
-        );
+        asm volatile(ORBIT_WGMMA("m64n64k16", "%34") ORBIT_FIRST_32
+                     "}, %32, %33, add, 1, 1, 0, %35; }"
+                     : ORBIT_D32(0)
+                     : "l"(a), "l"(b), "r"(add), "n"(kTransposed));
+    } else if constexpr (kN == 128) {
+        asm volatile(ORBIT_WGMMA("m64n128k16", "%66") ORBIT_FIRST_32 ORBIT_SECOND_32
+                     "}, %64, %65, add, 1, 1, 0, %67; }"
+                     : ORBIT_D32(0), ORBIT_D32(8)
+                     : "l"(a), "l"(b), "r"(add), "n"(kTransposed));
+    } else if constexpr (kN == 192) {
+        asm volatile(ORBIT_WGMMA("m64n192k16", "%98") ORBIT_FIRST_32 ORBIT_SECOND_32 ORBIT_THIRD_32
+                     "}, %96, %97, add, 1, 1, 0, %99; }"
+                     : ORBIT_D32(0), ORBIT_D32(8), ORBIT_D32(16)
+                     : "l"(a), "l"(b), "r"(add), "n"(kTransposed));
     } else {
-        asm volatile(
-            "{ .reg .pred add; setp.ne.b32 add, %66, 0; "
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " ORBIT_FIRST_32 ORBIT_NEXT_32
-            "}, %64, %65, add, 1, 1, 0, 0; }"
-            : ORBIT_D32(0), ORBIT_D32(8)
-            : "l"(a), "l"(b), "r"(add)
-        );
+        asm volatile(ORBIT_WGMMA("m64n256k16", "%130")
+                         ORBIT_FIRST_32 ORBIT_SECOND_32 ORBIT_THIRD_32 ORBIT_FOURTH_32
+                     "}, %128, %129, add, 1, 1, 0, %131; }"
+                     : ORBIT_D32(0), ORBIT_D32(8), ORBIT_D32(16), ORBIT_D32(24)
+                     : "l"(a), "l"(b), "r"(add), "n"(kTransposed));
     }
 #else
     __trap();
@@ -227,7 +174,7 @@ __device__ __forceinline__ void wgmma_registers(
     } else {
         asm volatile(
             "{ .reg .pred add; setp.ne.b32 add, 1, 0; "
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " ORBIT_FIRST_32 ORBIT_NEXT_32
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " ORBIT_FIRST_32 ORBIT_SECOND_32
             "}, {%64, %65, %66, %67}, %68, add, 1, 1, 1; }"
             : ORBIT_D32(0), ORBIT_D32(8)
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
@@ -241,6 +188,9 @@ __device__ __forceinline__ void wgmma_registers(
 #undef ORBIT_D4
 #undef ORBIT_D32
 #undef ORBIT_FIRST_32
-#undef ORBIT_NEXT_32
+#undef ORBIT_SECOND_32
+#undef ORBIT_THIRD_32
+#undef ORBIT_FOURTH_32
+#undef ORBIT_WGMMA
 
 }  // namespace orbit::cuda

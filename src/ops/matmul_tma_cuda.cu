@@ -1,0 +1,629 @@
+// Member P/B for many rows of a bf16 weight on Hopper. Two thread blocks, one above the other, make
+// a pair: each multiplies a tile of 128 rows and shares its half of the weight's tile with the
+// other. In a block one thread keeps a ring of stages full with tensor copies, and two warp groups
+// of 64 rows each multiply what is there. Blocks stay for all of their tiles, so that the next
+// tile's operands arrive while one is stored.
+//
+// The bits are those of the other members: k16 steps in ascending order, segments added up in
+// ascending order, LoRA's product in a chain of its own, then the epilogue's order.
+#include "device/cuda/check.cuh"
+#include "device/cuda/math.cuh"
+#include "device/cuda/tma.cuh"
+#include "device/cuda/wgmma.cuh"
+#include "ops/matmul_tile_cuda.cuh"
+
+namespace orbit::cuda {
+namespace {
+
+constexpr int kPair = 2;         // blocks
+constexpr int kMultipliers = 2;  // warp groups that multiply; one more loads
+constexpr int kTileM = 128;      // rows of a block's tile
+constexpr int kThreads = 128 * (kMultipliers + 1);
+// The first warp group starts this many steps before the second and so comes to its epilogue
+// earlier: one multiplies while the other stores.
+constexpr int kLead = 2;
+constexpr int kMinDepth = 256;               // of the contraction
+static_assert(kLead * kTileK <= kMinDepth);  // One tile is enough to end the second one's wait.
+constexpr int kMinRows = 1024;
+constexpr int kMaxRank = 256;  // LoRA's operands take a stage for each 64 of the rank
+
+template <int kTileN>
+struct PairTile {
+    static constexpr int kN = kTileN;
+    static constexpr int kFragN = kN / 8;
+    static constexpr int kBytesX = kTileM * kTileK * 2;
+    static constexpr int kBytesW = kN * kTileK * 2;
+    static constexpr int kStageBytes = kBytesX + kBytesW;
+    static constexpr int kStages = kN == 256 ? 4 : kN == 192 ? 5 : 6;
+    static constexpr int kSharedBytes = kStages * (kStageBytes + 16);
+    static_assert(kMaxRank <= kStages * kTileK && kSharedBytes <= 227 * 1024);
+};
+
+struct ProductMaps {
+    CUtensorMap x, w;
+    CUtensorMap lora_u, lora_b;  // unset without LoRA
+};
+
+struct PairedGroup {
+    ProductMaps maps[kMaxGroup];
+    MatmulGroup products;  // numbers pairs of tiles
+};
+
+// The stages, and two barriers for each: `filled` when its bytes are there, `freed` when all warps
+// of both blocks have read it.
+template <typename Tile>
+struct Ring {
+    uint32_t base;  // shared address
+    int32_t stage = 0;
+    uint32_t phase = 0;
+
+    __device__ __forceinline__ explicit Ring(const char* shared) : base(shared_address(shared)) {}
+
+    __device__ __forceinline__ uint32_t x() const { return base + stage * Tile::kStageBytes; }
+
+    __device__ __forceinline__ uint32_t w() const { return x() + Tile::kBytesX; }
+
+    __device__ __forceinline__ uint32_t filled(int32_t at) const {
+        return base + Tile::kStages * Tile::kStageBytes + 16 * at;
+    }
+
+    __device__ __forceinline__ uint32_t freed(int32_t at) const { return filled(at) + 8; }
+
+    __device__ __forceinline__ void init() const {
+        for (int32_t at = 0; at < Tile::kStages; ++at) {
+            mbarrier_init(filled(at), 1);
+            mbarrier_init(freed(at), kPair * kMultipliers * 4);
+        }
+        mbarrier_init_fence();
+    }
+
+    __device__ __forceinline__ void advance() {
+        stage = stage + 1 == Tile::kStages ? 0 : stage + 1;
+        phase ^= stage == 0 ? 1 : 0;
+    }
+
+    __device__ __forceinline__ void wait_filled() const { mbarrier_wait(filled(stage), phase); }
+
+    __device__ __forceinline__ void wait_freed() const { mbarrier_wait(freed(stage), phase ^ 1); }
+
+    // This warp has read the stage.
+    __device__ __forceinline__ void free(int32_t at) const {
+        const uint32_t lane = threadIdx.x & 31;
+        if (lane < kPair) {
+            mbarrier_arrive_at(freed(at), lane);
+        }
+    }
+};
+
+// A pair's tiles: of which product, and where this block's one lies.
+struct Place {
+    int32_t product;
+    int32_t m0;
+    int32_t n0;
+};
+
+template <typename Tile>
+__device__ __forceinline__ Place place_of(const MatmulGroup& group, int32_t pair) {
+    Place place{0, 0, 0};
+    while (place.product + 1 < group.count && pair >= group.first_block[place.product + 1]) {
+        ++place.product;
+    }
+    const MatmulArgs& a = group.args[place.product];
+    int32_t tile_m = 0;
+    int32_t tile_n = 0;
+    tile_of_block(
+        pair - group.first_block[place.product],
+        (a.m + kPair * kTileM - 1) / (kPair * kTileM),
+        (a.epilogue.columns + Tile::kN - 1) / Tile::kN,
+        tile_m,
+        tile_n
+    );
+    place.m0 = (kPair * tile_m + static_cast<int32_t>(block_in_cluster())) * kTileM;
+    place.n0 = tile_n * Tile::kN;
+    return place;
+}
+
+__device__ __forceinline__ int32_t lora_steps(const Epilogue& e) {
+    return e.lora_u == nullptr ? 0 : (e.ldu + kTileK - 1) / kTileK;
+}
+
+// Fills the next stage: 64 of the contraction, from k on.
+template <typename Tile, bool kBackward>
+__device__ __forceinline__ void fill_stage(
+    Ring<Tile>& ring, const CUtensorMap& x, const CUtensorMap& w, const Place& place, int32_t k
+) {
+    ring.wait_freed();
+    const uint32_t filled = ring.filled(ring.stage);
+    mbarrier_expect(filled, Tile::kStageBytes);
+    copy_box(ring.x(), x, place.m0, k, filled);
+    const auto half = static_cast<int32_t>(block_in_cluster());  // which one this block brings
+    if constexpr (kBackward) {
+        constexpr int32_t kRows = kTileK / kPair;
+#pragma unroll
+        for (int32_t column = 0; column < Tile::kN; column += 64) {
+            const uint32_t to = ring.w() + column / 64 * kColumnBlockBytes + half * kRows * 128;
+            copy_box_to_pair(to, w, k + half * kRows, place.n0 + column, filled);
+        }
+    } else {
+        constexpr int32_t kRows = Tile::kN / kPair;
+        const uint32_t to = ring.w() + half * kRows * 128;
+        copy_box_to_pair(to, w, place.n0 + half * kRows, k, filled);
+    }
+    ring.advance();
+}
+
+template <typename Tile, bool kBackward>
+__device__ __forceinline__ void fill_stages(const PairedGroup& group, Ring<Tile> ring) {
+    const int32_t pairs = group.products.first_block[group.products.count];
+    const auto stride = static_cast<int32_t>(gridDim.x) / kPair;
+    for (auto pair = static_cast<int32_t>(blockIdx.x) / kPair; pair < pairs; pair += stride) {
+        const Place place = place_of<Tile>(group.products, pair);
+        const MatmulArgs& a = group.products.args[place.product];
+        const ProductMaps& maps = group.maps[place.product];
+        for (int32_t k = 0; k < a.k; k += kTileK) {
+            fill_stage<Tile, kBackward>(ring, maps.x, maps.w, place, k);
+        }
+        for (int32_t step = 0; step < lora_steps(a.epilogue); ++step) {
+            fill_stage<Tile, kBackward>(ring, maps.lora_u, maps.lora_b, place, step * kTileK);
+        }
+    }
+}
+
+// acc (+)= 64 rows of x . columns [column, column + kN) of the weight, k16 step `step` of a stage.
+template <typename Tile, bool kBackward, int kN>
+__device__ __forceinline__ void issue_step(
+    float (&acc)[kN / 8][4], const Ring<Tile>& ring, int warpgroup, int column, int step, int add
+) {
+    const uint64_t a = descriptor_along_k(ring.x() + warpgroup * 64 * 128);
+    // Offsets in units of 16 bytes; the address is the lowest field.
+    if constexpr (kBackward) {
+        const uint64_t b =
+            descriptor_across_k(ring.w() + column / 64 * kColumnBlockBytes, kColumnBlockBytes);
+        wgmma_shared<kN, true>(acc, a + 2 * step, b + 128 * step, add);
+    } else {
+        const uint64_t b = descriptor_along_k(ring.w() + column * 128);
+        wgmma_shared<kN>(acc, a + 2 * step, b + 2 * step, add);
+    }
+}
+
+// Begins acc (+)= x . weight over the next stage. `lead`: when it has been counted down to zero,
+// the other warp group may start.
+template <typename Tile, bool kBackward>
+__device__ __forceinline__ void start_stage(
+    float (&acc)[Tile::kFragN][4], const Ring<Tile>& ring, int warpgroup, int add, int32_t& lead
+) {
+    ring.wait_filled();
+    wgmma_begin();
+#pragma unroll
+    for (int i = 0; i < kTileK / 16; ++i) {
+        issue_step<Tile, kBackward, Tile::kN>(acc, ring, warpgroup, 0, i, i > 0 ? 1 : add);
+    }
+    wgmma_commit();
+    if (--lead == 0) {
+        barrier_arrive(1, 128 * kMultipliers);
+    }
+}
+
+// acc = x . weight over `steps` stages, which are freed.
+template <typename Tile, bool kBackward>
+__device__ __forceinline__ void multiply_stages(
+    float (&acc)[Tile::kFragN][4], Ring<Tile>& ring, int warpgroup, int32_t steps, int32_t& lead
+) {
+    start_stage<Tile, kBackward>(acc, ring, warpgroup, 0, lead);
+    int32_t last = ring.stage;
+    ring.advance();
+#pragma unroll 1
+    for (int32_t step = 1; step < steps; ++step) {
+        start_stage<Tile, kBackward>(acc, ring, warpgroup, 1, lead);
+        wgmma_wait<1>();
+        ring.free(last);
+        last = ring.stage;
+        ring.advance();
+    }
+    wgmma_wait<0>();
+    pin_registers(acc);
+    ring.free(last);
+}
+
+// lora (+)= u b^T for 64 columns, over the 64 of the rank in a stage; complete on return. Those
+// past the rank are zeros, which change no bit.
+template <typename Tile, bool kBackward>
+__device__ __forceinline__ void multiply_rank(
+    float (&lora)[8][4], const Ring<Tile>& ring, int warpgroup, int column, int add
+) {
+    wgmma_begin();
+#pragma unroll
+    for (int i = 0; i < kTileK / 16; ++i) {
+        issue_step<Tile, kBackward, 64>(lora, ring, warpgroup, column, i, i > 0 ? 1 : add);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin_registers(lora);
+}
+
+// v = scale v + lora_scale u b^T.
+template <typename Tile, bool kBackward>
+__device__ __forceinline__ void add_lora_stages(
+    float (&v)[Tile::kFragN][4], Ring<Tile>& ring, int warpgroup, const Epilogue& e
+) {
+    const int32_t steps = lora_steps(e);
+#pragma unroll
+    for (int column = 0; column < Tile::kN; column += 64) {
+        float lora[8][4];
+        Ring<Tile> at = ring;
+#pragma unroll 1
+        for (int32_t step = 0; step < steps; ++step) {
+            at.wait_filled();
+            multiply_rank<Tile, kBackward>(lora, at, warpgroup, column, step);
+            at.advance();
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                v[column / 8 + j][c] = add_lora(e, v[column / 8 + j][c], lora[j][c]);
+            }
+        }
+    }
+    for (int32_t step = 0; step < steps; ++step) {
+        ring.free(ring.stage);
+        ring.advance();
+    }
+}
+
+// Four words of each of four lanes, transposed: word i of lane q and word q of lane i change
+// places.
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
+    const int lane = threadIdx.x & 3;
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+        const bool upper = (lane & bit) != 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if ((i & bit) == 0) {
+                const uint32_t sent = upper ? words[i] : words[i + bit];
+                const uint32_t got = __shfl_xor_sync(kFullWarp, sent, bit);
+                words[i] = upper ? got : words[i];
+                words[i + bit] = upper ? words[i + bit] : got;
+            }
+        }
+    }
+}
+
+// What a lane loads and stores of its warp's 16 rows: eight columns of rows `row` and `row + 8`, of
+// each 32 columns.
+struct LaneRows {
+    int64_t at[2];  // of the first eight, in y and residual
+    bool inside[2];
+    int32_t column;  // of the first eight
+    int32_t columns;
+
+    __device__ __forceinline__ LaneRows(const MatmulArgs& a, int32_t m, int32_t n0)
+        : column(n0 + 8 * static_cast<int32_t>(threadIdx.x & 3)), columns(a.epilogue.columns) {
+        const int32_t row = m + static_cast<int32_t>((threadIdx.x & 31) >> 2);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            at[i] = static_cast<int64_t>(row + 8 * i) * a.epilogue.ldy + column;
+            inside[i] = row + 8 * i < a.m;
+        }
+    }
+
+    __device__ __forceinline__ bool has(int i, int group) const {
+        return inside[i] && column + 32 * group < columns;
+    }
+};
+
+// Groups of 32 columns of the residual, from `first` on.
+template <int kCount>
+__device__ __forceinline__ void load_residual(
+    uint4 (&to)[kCount][2], const Epilogue& e, const LaneRows& rows, int first
+) {
+    if (e.residual == nullptr) {
+        return;
+    }
+#pragma unroll
+    for (int g = 0; g < kCount; ++g) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            to[g][i] = uint4{0, 0, 0, 0};
+            if (rows.has(i, first + g)) {
+                to[g][i] =
+                    *reinterpret_cast<const uint4*>(e.residual + rows.at[i] + 32 * (first + g));
+            }
+        }
+    }
+}
+
+// Bias of a fragment's two columns of this lane.
+__device__ __forceinline__ void add_bias(float (&v)[4], const MatmulArgs& a, int32_t n) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        const int32_t at = n + 2 * static_cast<int32_t>(threadIdx.x & 3) + (c & 1);
+        v[c] = at < a.n ? __fadd_rn(v[c], a.epilogue.bias[at]) : v[c];
+    }
+}
+
+// 32 columns of this warp's rows to a bf16 y: bias, residual, one rounding.
+__device__ __forceinline__ void store_group(
+    const MatmulArgs& a, float (*v)[4], const uint4 (&residual)[2], const LaneRows& rows, int group
+) {
+    const Epilogue& e = a.epilogue;
+    if (e.bias != nullptr) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int32_t first = rows.column - 8 * static_cast<int32_t>(threadIdx.x & 3);
+            add_bias(v[j], a, first + 32 * group + 8 * j);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        if (e.residual != nullptr) {
+            uint32_t words[4] = {residual[i].x, residual[i].y, residual[i].z, residual[i].w};
+            transpose_quad(words);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                v[j][2 * i] = __fadd_rn(v[j][2 * i], low_bf16(words[j]));
+                v[j][2 * i + 1] = __fadd_rn(v[j][2 * i + 1], high_bf16(words[j]));
+            }
+        }
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            words[j] = pack_bf16(v[j][2 * i], v[j][2 * i + 1]);
+        }
+        transpose_quad(words);
+        if (rows.has(i, group)) {
+            *reinterpret_cast<uint4*>(static_cast<bf16*>(e.y) + rows.at[i] + 32 * group) =
+                uint4{words[0], words[1], words[2], words[3]};
+        }
+    }
+}
+
+// The same to a float y, two columns a lane.
+template <int kFragN>
+__device__ __forceinline__ void store_floats(
+    const MatmulArgs& a, const float (&v)[kFragN][4], int32_t m, int32_t n0
+) {
+    const Epilogue& e = a.epilogue;
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int j = 0; j < kFragN; ++j) {
+        const int32_t n = n0 + 8 * j + 2 * (lane & 3);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int32_t row = m + (lane >> 2) + 8 * i;
+            if (row < a.m && n < e.columns) {
+                *reinterpret_cast<float2*>(
+                    static_cast<float*>(e.y) + static_cast<int64_t>(row) * e.ldy + n
+                ) = float2{v[j][2 * i], v[j][2 * i + 1]};
+            }
+        }
+    }
+}
+
+// One by one: any shape.
+template <int kFragN>
+__device__ __forceinline__ void store_elements(
+    const MatmulArgs& a, const float (&v)[kFragN][4], int32_t m, int32_t n0
+) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int j = 0; j < kFragN; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const int32_t row = m + (lane >> 2) + 8 * (c >> 1);
+            if (row < a.m) {
+                finish_one(a.epilogue, v[j][c], row, n0 + 8 * j + 2 * (lane & 3) + (c & 1), a.n);
+            }
+        }
+    }
+}
+
+// y of this warp's 16 rows from m on, and LoRA's stages. v: the product.
+template <typename Tile, bool kBackward, bool kSegmented>
+__device__ __forceinline__ void finish_tile(
+    const MatmulArgs& a,
+    float (&v)[Tile::kFragN][4],
+    Ring<Tile>& ring,
+    int warpgroup,
+    int32_t m,
+    int32_t n0
+) {
+    constexpr int kGroups = Tile::kN / 32;
+    constexpr int kBatch = kSegmented ? 2 : 4;  // of the residual, loaded together
+    const Epilogue& e = a.epilogue;
+    const bool eights = e.ldy % 8 == 0 && a.n % 8 == 0 && e.columns == a.n;
+    const bool plain_floats = e.f32_out && e.bias == nullptr && e.residual == nullptr;
+    if (e.lora_u != nullptr) {
+        add_lora_stages<Tile, kBackward>(v, ring, warpgroup, e);
+    } else {
+#pragma unroll
+        for (int j = 0; j < Tile::kFragN; ++j) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                v[j][c] = __fmul_rn(v[j][c], e.scale);
+            }
+        }
+    }
+    if (eights && !e.f32_out) {
+        const LaneRows rows(a, m, n0);
+#pragma unroll
+        for (int first = 0; first < kGroups; first += kBatch) {
+            uint4 residual[kBatch][2];
+            load_residual(residual, e, rows, first);
+#pragma unroll
+            for (int g = 0; g < kBatch; ++g) {
+                store_group(a, &v[4 * (first + g)], residual[g], rows, first + g);
+            }
+        }
+    } else if (eights && plain_floats) {
+        store_floats(a, v, m, n0);
+    } else {
+        store_elements(a, v, m, n0);
+    }
+}
+
+template <typename Tile, bool kBackward, bool kSegmented>
+__device__ __forceinline__ void multiply_tiles(
+    const PairedGroup& group, Ring<Tile> ring, int warpgroup
+) {
+    int32_t lead = 0;
+    if (warpgroup == 0) {
+        lead = kLead;
+    } else {
+        barrier_sync(1, 128 * kMultipliers);
+    }
+    const int32_t pairs = group.products.first_block[group.products.count];
+    const auto stride = static_cast<int32_t>(gridDim.x) / kPair;
+#pragma unroll 1
+    for (auto pair = static_cast<int32_t>(blockIdx.x) / kPair; pair < pairs; pair += stride) {
+        const Place place = place_of<Tile>(group.products, pair);
+        const MatmulArgs& a = group.products.args[place.product];
+        const int32_t steps = (a.k + kTileK - 1) / kTileK;
+        const auto warp = static_cast<int32_t>(threadIdx.x >> 5);
+        const int32_t m = place.m0 + warp * 16;
+        float acc[Tile::kFragN][4];  // the first wgmma of a segment does not read them
+        if constexpr (kSegmented) {
+            const int32_t segment_steps = a.segment / kTileK;
+            float total[Tile::kFragN][4] = {};
+#pragma unroll 1
+            for (int32_t first = 0; first < steps; first += segment_steps) {
+                const int32_t count = min(segment_steps, steps - first);
+                multiply_stages<Tile, kBackward>(acc, ring, warpgroup, count, lead);
+                add_fragments(total, acc);
+            }
+            finish_tile<Tile, kBackward, kSegmented>(a, total, ring, warpgroup, m, place.n0);
+        } else {
+            multiply_stages<Tile, kBackward>(acc, ring, warpgroup, steps, lead);
+            finish_tile<Tile, kBackward, kSegmented>(a, acc, ring, warpgroup, m, place.n0);
+        }
+    }
+}
+
+template <int kTileN, bool kBackward, bool kSegmented>
+__global__ void __launch_bounds__(kThreads, 1)
+    matmul_pair_kernel(const __grid_constant__ PairedGroup group) {
+    using Tile = PairTile<kTileN>;
+    extern __shared__ __align__(1024) char shared[];
+    const Ring<Tile> ring(shared);
+    const int warpgroup = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x >> 7), 0);
+    if (threadIdx.x == 0) {
+        ring.init();
+        prefetch_map(group.maps[0].x);
+        prefetch_map(group.maps[0].w);
+    }
+    release_successor();
+    cluster_sync();  // No block's barriers are used before they are made.
+    wait_for_predecessor();
+    if (warpgroup == kMultipliers) {
+        lower_registers<24>();
+        if (threadIdx.x == 128 * kMultipliers) {
+            fill_stages<Tile, kBackward>(group, ring);
+        }
+        __syncwarp();
+        cluster_sync();  // The other block may still write here, or count at these barriers.
+    } else {
+        raise_registers<240>();
+        multiply_tiles<Tile, kBackward, kSegmented>(group, ring, warpgroup);
+        cluster_sync();
+    }
+}
+
+int32_t num_pairs_at_once() {
+    int device = 0;
+    int multiprocessors = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    return multiprocessors / kPair;
+}
+
+ProductMaps maps_of(const MatmulArgs& a, bool backward, int32_t tile_n) {
+    const Epilogue& e = a.epilogue;
+    const int32_t weight_rows = (backward ? kTileK : tile_n) / kPair;
+    ProductMaps maps{};
+    maps.x = tensor_map(a.x, a.m, a.k, a.ldx * 2, kTileM);
+    maps.w = tensor_map(a.w.data, a.w.rows, a.w.cols, a.w.row_bytes, weight_rows);
+    if (e.lora_u != nullptr) {
+        const int64_t rows = backward ? e.rank : a.n;
+        const int64_t cols = backward ? a.n : e.rank;
+        maps.lora_u = tensor_map(e.lora_u, a.m, e.ldu, int64_t{2} * e.ldu, kTileM);
+        maps.lora_b = tensor_map(e.lora_b, rows, cols, 2 * cols, weight_rows);
+    }
+    return maps;
+}
+
+template <int kTileN, bool kBackward, bool kSegmented>
+void launch_pairs(cudaStream_t queue, const MatmulGroup& products) {
+    PairedGroup group;
+    group.products = products;
+    for (int32_t i = 0; i < products.count; ++i) {
+        group.maps[i] = maps_of(products.args[i], kBackward, kTileN);
+    }
+    const int64_t pairs = number_blocks(group.products, kPair * kTileM, kTileN);
+    const auto kernel = matmul_pair_kernel<kTileN, kBackward, kSegmented>;
+    constexpr size_t kShared = PairTile<kTileN>::kSharedBytes;
+    allow_shared_memory(kernel, kShared);
+    const dim3 grid(grid_dim(kPair * std::min<int64_t>(pairs, num_pairs_at_once())));
+    launch_clusters_early(kPair, kernel, grid, kThreads, kShared, queue, group);
+}
+
+// Time of a launch with tiles of this width, up to a factor: narrow ones read more for each
+// product.
+int64_t cost_of(const MatmulGroup& group, int64_t tile_n) {
+    int64_t pairs = 0;
+    for (int32_t i = 0; i < group.count; ++i) {
+        const MatmulArgs& a = group.args[i];
+        pairs += ceil_div(a.m, kPair * kTileM) * ceil_div(a.epilogue.columns, tile_n);
+    }
+    const int64_t percent = tile_n == 256 ? 100 : tile_n == 192 ? 106 : 120;
+    return ceil_div(pairs, num_pairs_at_once()) * tile_n * percent;
+}
+
+template <bool kBackward>
+void launch_best_pairs(cudaStream_t queue, const MatmulGroup& group) {
+    bool segmented = false;
+    for (int32_t i = 0; i < group.count; ++i) {
+        segmented = segmented || group.args[i].segment < group.args[i].k;
+    }
+    // Segments take a second set of accumulators: 256 columns of both do not fit the registers.
+    const bool narrow = cost_of(group, 128) < cost_of(group, segmented ? 192 : 256);
+    if (segmented && narrow) {
+        launch_pairs<128, kBackward, true>(queue, group);
+    } else if (segmented) {
+        launch_pairs<192, kBackward, true>(queue, group);
+    } else if (narrow) {
+        launch_pairs<128, kBackward, false>(queue, group);
+    } else {
+        launch_pairs<256, kBackward, false>(queue, group);
+    }
+}
+
+}  // namespace
+
+bool fits_pairs(Direction direction, const MatmulGroup& group) {
+    if (!has_wgmma() || group.args[0].m < kMinRows) {
+        return false;
+    }
+    for (int32_t i = 0; i < group.count; ++i) {
+        const MatmulArgs& a = group.args[i];
+        const Epilogue& e = a.epilogue;
+        const auto lora =
+            reinterpret_cast<uintptr_t>(e.lora_u) | reinterpret_cast<uintptr_t>(e.lora_b);
+        const int32_t lora_cols = direction == Direction::kForward ? e.rank : a.n;
+        if (a.k < kMinDepth || e.ldu > kMaxRank || lora % 16 != 0 ||
+            (e.lora_u != nullptr && lora_cols % 8 != 0)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+void matmul_pairs(cudaStream_t queue, Direction direction, const MatmulGroup& group) {
+    if (direction == Direction::kForward) {
+        launch_best_pairs<false>(queue, group);
+    } else {
+        launch_best_pairs<true>(queue, group);
+    }
+}
+
+}  // namespace orbit::cuda
