@@ -73,6 +73,7 @@ TEST(Config, EveryKeyOfTheContractExists) {
              "train.tokens_per_batch",
              "train.max_staleness",
              "moe.dequant_bytes",
+             "moe.host_layers",
              "checkpoint.every",
              "checkpoint.keep",
          }) {

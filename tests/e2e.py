@@ -509,6 +509,27 @@ def test_training_of_shared_experts(folder):
         expect_equal(texts[0], texts[1], f"{kind}: stacked and expert by expert")
 
 
+def test_experts_in_host_memory(folder):
+    model = ROOT / "tests/models/tiny-qwen3-moe"
+    common = [f"model={model}", "data.eval=", "rollout.max_tokens=24", "reward.name=regex", "reward.pattern=[a-c]",
+              "adapter.block_size=16", "train.steps=4"]
+    for kind in ("lora", "oft"):
+        whole, host = folder / f"{kind}-whole", folder / kind
+        expect_ok(orbit(*train_args(whole, *common, f"adapter.kind={kind}")), f"train {kind}")
+        result = orbit(*train_args(host, *common, f"adapter.kind={kind}", "moe.host_layers=1"))
+        expect("the experts of 1 of 1 layers stay in host memory" in expect_ok(result, "train with one layer").err,
+               f"the ledger says what is in host memory:\n{result.err}")
+        expect_same_run(whole, host, f"{kind}: experts on the device and in host memory")
+    expect_ok(orbit("parity", model, "--host-layers", 1, "--texts", 8, "--longest", 64), "parity")
+    expect_ok(orbit("verify", model, "--reference", model, "--activations", "f32", "--host-layers", 1), "verify")
+    table = expect_ok(orbit("bench", model, "--host-layers", 1, "--only", "decode,train", "--context", 32,
+                            "--decode-batches", "1,4", "--train-length", 64, "--train-tokens", 128), "bench").out
+    rows = [line for line in table.splitlines() if line.endswith("| equal |")]
+    expect_equal(len(rows), 3, f"rows with equal bits of two decode steps and a training step:\n{table}")
+    expect_user_error(orbit("parity", model, "--host-layers", 2), "which is 1 here", "more layers than there are")
+    expect_user_error(orbit("parity", MODEL, "--host-layers", 1), "which is 0 here", "a model without experts")
+
+
 def test_tiny_models(_):
     # biases and an untied head; llama3 rope scaling and three heads; experts beside a dense layer
     for family in ("qwen2", "llama", "qwen3-moe"):

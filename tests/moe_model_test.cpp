@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdlib>
 
+#include "base/hash.h"
+#include "model/base_bytes.h"
 #include "model/checkpoint.h"
 #include "model/config.h"
 #include "model/forward.h"
@@ -25,9 +27,11 @@ std::string expert_name(int64_t layer, int64_t expert, const std::string& projec
            "." + projection + ".weight";
 }
 
-// Layer 0 is dense (mlp_only_layers), layer 1 has experts.
-TinyModel tiny_moe() {
-    TinyModel m = tiny_model("qwen3");
+// Layer 0 is dense (mlp_only_layers), the others have experts.
+TinyModel tiny_moe(int64_t layers = 2) {
+    TinyModel shape;
+    shape.layers = layers;
+    TinyModel m = tiny_model("qwen3", true, shape);
     m.family = "qwen3_moe";
     m.config["model_type"] = "qwen3_moe";
     m.config["num_experts"] = kExperts;
@@ -35,9 +39,6 @@ TinyModel tiny_moe() {
     m.config["moe_intermediate_size"] = kExpertWidth;
     m.config["mlp_only_layers"] = {0};
     m.config["norm_topk_prob"] = true;
-    for (const char* projection : {"gate", "up", "down"}) {
-        m.weights.erase("model.layers.1.mlp." + std::string(projection) + "_proj.weight");
-    }
     std::mt19937 random(6);
     std::normal_distribution<float> normal(0.0f, 0.2f);
     const auto add = [&](const std::string& name, int64_t rows, int64_t cols) {
@@ -47,11 +48,17 @@ TinyModel tiny_moe() {
         }
         m.weights[name] = std::move(dense);
     };
-    add("model.layers.1.mlp.gate.weight", kExperts, m.width);
-    for (int64_t e = 0; e < kExperts; ++e) {
-        add(expert_name(1, e, "gate_proj"), kExpertWidth, m.width);
-        add(expert_name(1, e, "up_proj"), kExpertWidth, m.width);
-        add(expert_name(1, e, "down_proj"), m.width, kExpertWidth);
+    for (int64_t l = 1; l < layers; ++l) {
+        const std::string mlp = "model.layers." + std::to_string(l) + ".mlp.";
+        for (const char* projection : {"gate", "up", "down"}) {
+            m.weights.erase(mlp + projection + "_proj.weight");
+        }
+        add(mlp + "gate.weight", kExperts, m.width);
+        for (int64_t e = 0; e < kExperts; ++e) {
+            add(expert_name(l, e, "gate_proj"), kExpertWidth, m.width);
+            add(expert_name(l, e, "up_proj"), kExpertWidth, m.width);
+            add(expert_name(l, e, "down_proj"), m.width, kExpertWidth);
+        }
     }
     return m;
 }
@@ -66,6 +73,53 @@ class MoeModelTest : public ::testing::Test {
         write_hf(folder_.path(), tiny);
         write_plain(folder_.path("model.safetensors"), safetensors_text(tensors));
         return load_model(stream_, folder_.path(), options);
+    }
+
+    struct Passes {
+        std::vector<float> values;  // hidden states, then the adapter's gradients
+        size_t peak = 0;            // scratch
+        int64_t tokens = 0;
+        std::string digest;
+    };
+
+    // Forward and backward over three texts, with LoRA on everything.
+    Passes run_passes(
+        const TinyModel& tiny,
+        const std::map<std::string, RawTensor>& tensors,
+        const LoadOptions& load_options
+    ) {
+        const auto model = load(tiny, tensors, load_options);
+        Stream stream(device_);
+        AdapterOptions options;
+        options.kind = "lora";
+        AdapterStore adapter(device_, options, model->sites, model->compute, 2, 1);
+        TokenBatch batch;
+        for (int32_t text = 0; text < 3; ++text) {
+            std::vector<int32_t> ids;
+            for (int32_t i = 0; i < 30; ++i) {
+                const auto vocab = static_cast<int32_t>(model->config.vocab_size);
+                ids.push_back((17 * i + 5 * text) % vocab);
+            }
+            batch.add(ids, 0, std::vector<int32_t>{2 * text, 2 * text + 1});
+        }
+        const KvCache kv(*model, 1, 6);
+        const int slot = adapter.pin_current();
+        Pass pass{stream, *model, batch.upload(stream), kv, &adapter, slot};
+        LayerInputs inputs;
+        const Tensor hidden = forward_hidden(pass, &inputs);
+        Passes passes;
+        for (int64_t i = 0; i < hidden.numel(); ++i) {
+            passes.values.push_back(to_float(hidden.as<bf16>()[i]));
+        }
+        backward_layers(pass, inputs, hidden);
+        adapter.unpin(slot);
+        passes.values.insert(
+            passes.values.end(), adapter.gradients(), adapter.gradients() + adapter.num_parameters()
+        );
+        passes.peak = stream.scratch.peak_bytes();
+        passes.tokens = batch.num_tokens();
+        passes.digest = model->weights_digest;
+        return passes;
     }
 
     Folder folder_;
@@ -150,6 +204,11 @@ struct PackedTensors {
     std::map<std::string, std::vector<float>> values;  // by weight name
 };
 
+// No two matrices are alike: one in the place of another is noticed.
+uint32_t seed_of(const std::string& module) {
+    return static_cast<uint32_t>(hash64(module.data(), module.size()));
+}
+
 enum class Layout { kMxFp4, kDeepSeekFp4, kNvFp4, kModelOpt, kFp8F32, kFp8Bf16, kFp8E8m0 };
 
 void pack_fp4(
@@ -159,7 +218,7 @@ void pack_fp4(
     const int64_t group = nvfp4 ? 16 : 32;
     const bool divides = layout == Layout::kNvFp4;
     const float global = divides ? 700.0f : 0.0013f;
-    std::mt19937 random(static_cast<uint32_t>(rows * cols));
+    std::mt19937 random(seed_of(module));
     RawTensor data{layout == Layout::kDeepSeekFp4 ? "I8" : "U8", {rows, cols / 2}, ""};
     RawTensor scales{
         nvfp4                            ? "F8_E4M3"
@@ -210,7 +269,7 @@ void pack_fp8(
 ) {
     const int64_t down = (rows + 127) / 128;
     const int64_t across = (cols + 127) / 128;
-    std::mt19937 random(static_cast<uint32_t>(rows * cols));
+    std::mt19937 random(seed_of(module));
     Dense scales{{down, across}, {}};
     RawTensor e8m0{"F8_E8M0", {down, across}, ""};
     for (int64_t i = 0; i < down * across; ++i) {
@@ -247,10 +306,8 @@ PackedTensors pack_experts(const TinyModel& tiny, Layout layout) {
     PackedTensors out;
     out.tensors = raw_tensors(tiny, "BF16");
     const bool fp8 = layout >= Layout::kFp8F32;
-    for (int64_t e = 0; e < kExperts; ++e) {
-        for (const char* projection : {"gate_proj", "up_proj", "down_proj"}) {
-            const std::string name = expert_name(1, e, projection);
-            const Dense& dense = tiny.weights.at(name);
+    for (const auto& [name, dense] : tiny.weights) {
+        if (name.find(".experts.") != std::string::npos) {
             const std::string module = name.substr(0, name.rfind('.'));
             (fp8 ? pack_fp8 : pack_fp4)(module, dense.shape[0], dense.shape[1], layout, out);
         }
@@ -291,39 +348,13 @@ TEST_F(MoeModelTest, DequantBytesAreTheTemporaryMemory) {
     std::vector<std::vector<float>> results;
     std::vector<size_t> peaks;
     const auto run = [&](const DequantOptions& dequant) {
-        LoadOptions load_options;
-        load_options.dequant = dequant;
-        const auto model = load(tiny, packed.tensors, load_options);
-        Stream stream(device_);
-        AdapterOptions options;
-        options.kind = "lora";
-        AdapterStore adapter(device_, options, model->sites, model->compute, 2, 1);
-        TokenBatch batch;
-        for (int32_t text = 0; text < 3; ++text) {
-            std::vector<int32_t> ids;
-            for (int32_t i = 0; i < 30; ++i) {
-                const auto vocab = static_cast<int32_t>(model->config.vocab_size);
-                ids.push_back((17 * i + 5 * text) % vocab);
-            }
-            batch.add(ids, 0, std::vector<int32_t>{2 * text, 2 * text + 1});
-        }
-        const KvCache kv(*model, 1, 6);
-        const int slot = adapter.pin_current();
-        Pass pass{stream, *model, batch.upload(stream), kv, &adapter, slot};
-        LayerInputs inputs;
-        const Tensor hidden = forward_hidden(pass, &inputs);
-        std::vector<float> values;
-        for (int64_t i = 0; i < hidden.numel(); ++i) {
-            values.push_back(to_float(hidden.as<bf16>()[i]));
-        }
-        backward_layers(pass, inputs, hidden);
-        adapter.unpin(slot);
-        values.insert(
-            values.end(), adapter.gradients(), adapter.gradients() + adapter.num_parameters()
-        );
-        results.push_back(std::move(values));
-        peaks.push_back(stream.scratch.peak_bytes());
-        return dequant_bytes(*model, batch.num_tokens());
+        LoadOptions options;
+        options.dequant = dequant;
+        const Passes passes = run_passes(tiny, packed.tensors, options);
+        results.push_back(passes.values);
+        peaks.push_back(passes.peak);
+        const ModelConfig config = parse_hf_config(tiny.config.dump(), "config.json").model;
+        return dequant_bytes(config, dequant, passes.tokens);
     };
     const int64_t layer = 3 * kExperts * kExpertWidth * tiny.width * 2;
     EXPECT_EQ(run({1 << 30, 0}), 0) << "off";
@@ -337,6 +368,65 @@ TEST_F(MoeModelTest, DequantBytesAreTheTemporaryMemory) {
     EXPECT_EQ(peaks[1], peaks[0]);
     EXPECT_EQ(peaks[2], peaks[0] + 65536);
     EXPECT_EQ(peaks[4], peaks[0] + static_cast<size_t>(layer));
+}
+
+// moe.host_layers changes where the experts of the last layers lie and no bit: plain and packed,
+// with and without decoding first, whose buffer must not take one layer's staged matrix for the
+// next's.
+TEST_F(MoeModelTest, ExpertsInHostMemoryGiveTheSameBits) {
+    const TinyModel tiny = tiny_moe(4);
+    const auto check = [&](const std::map<std::string, RawTensor>& tensors,
+                           DequantOptions dequant) {
+        LoadOptions options;
+        options.dequant = dequant;
+        const Passes whole = run_passes(tiny, tensors, options);
+        for (int64_t layers = 1; layers <= 3; ++layers) {
+            options.host_layers = layers;
+            const Passes passes = run_passes(tiny, tensors, options);
+            EXPECT_EQ(passes.values, whole.values) << layers << " layers";
+            EXPECT_EQ(passes.digest, whole.digest);
+            EXPECT_GT(passes.peak, whole.peak);
+        }
+    };
+    check(raw_tensors(tiny, "BF16"), {});
+    for (const Layout layout : {Layout::kMxFp4, Layout::kNvFp4, Layout::kFp8F32}) {
+        SCOPED_TRACE(static_cast<int>(layout));
+        const PackedTensors packed = pack_experts(tiny, layout);
+        check(packed.tensors, {});
+        check(packed.tensors, {1 << 30, 1});
+        check(packed.tensors, {32768, 1});
+    }
+}
+
+TEST_F(MoeModelTest, HostMemoryHoldsWhatTheArenaDoesNot) {
+    const TinyModel tiny = tiny_moe(4);
+    const PackedTensors packed = pack_experts(tiny, Layout::kMxFp4);
+    const auto whole = load(tiny, packed.tensors);
+    EXPECT_EQ(whole->host.total_bytes(), 0U);
+    EXPECT_EQ(whole->staged_bytes, 0);
+    const Checkpoint checkpoint = open_checkpoint(folder_.path(), {.tokenizer = false});
+    for (int64_t layers = 1; layers <= 3; ++layers) {
+        LoadOptions options;
+        options.host_layers = layers;
+        const auto model = load(tiny, packed.tensors, options);
+        const HostExperts host =
+            host_experts(model->config, placed_formats(checkpoint, options), layers);
+        EXPECT_EQ(model->host.total_bytes(), static_cast<size_t>(host.bytes));
+        EXPECT_EQ(model->staged_bytes, host.bytes / layers) << "layers of one size";
+        EXPECT_EQ(
+            model->arena.total_bytes() + model->host.total_bytes(), whole->arena.total_bytes()
+        );
+        for (int64_t l = 1; l < 4; ++l) {
+            EXPECT_EQ(model->layers[static_cast<size_t>(l)].moe->on_host, l >= 4 - layers) << l;
+        }
+    }
+    LoadOptions options;
+    options.host_layers = 4;
+    EXPECT_EQ(
+        refusal([&] { load(tiny, packed.tensors, options); }),
+        "moe.host_layers = 4 is more than the number of layers with experts, which is 3 here; "
+        "lower it."
+    );
 }
 
 TEST_F(MoeModelTest, DamageIsNamed) {

@@ -74,5 +74,31 @@ TEST_F(MoeTest, RawWeightsAreTheSoftmaxOverAllExperts) {
     EXPECT_NEAR(normal.weight[1], 0.73105858f, 1e-6f);
 }
 
+// Experts 0, 2 and 3 of five have rows; two arrays of 100 and 37 bytes, at other distances here
+// than there.
+TEST_F(MoeTest, StagingCopiesWhatExpertsWithRowsHave) {
+    const std::vector<int32_t> offsets = {0, 2, 2, 3, 9, 9};
+    constexpr std::byte kOld{0xee};
+    std::vector<std::byte> from(5 * 256 + 5 * 64);
+    for (size_t i = 0; i < from.size(); ++i) {
+        from[i] = static_cast<std::byte>(i * 7 % 200);
+    }
+    std::vector<std::byte> to(5 * 128 + 5 * 48, kOld);
+    const ExpertArray arrays[] = {
+        {from.data(), to.data(), 100, 256, 128},
+        {from.data() + size_t{5} * 256, to.data() + size_t{5} * 128, 37, 64, 48}};
+    stage_experts(stream_, offsets.data(), 5, arrays);
+    for (const ExpertArray& a : arrays) {
+        for (int64_t e = 0; e < 5; ++e) {
+            const bool active = e == 0 || e == 2 || e == 3;
+            for (int64_t i = 0; i < a.to_distance; ++i) {
+                const std::byte expected =
+                    active && i < a.bytes ? a.from[e * a.from_distance + i] : kOld;
+                ASSERT_EQ(a.to[e * a.to_distance + i], expected) << "expert " << e << " byte " << i;
+            }
+        }
+    }
+}
+
 }  // namespace
 }  // namespace orbit

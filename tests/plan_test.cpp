@@ -40,18 +40,22 @@ void compare(
     const AdapterOptions& options,
     const char* isa,
     const DequantOptions& dequant = {},
-    bool offload = false
+    bool offload = false,
+    int64_t host_layers = 0
 ) {
-    const std::string what =
-        fmt::format("{} {} {} {} {}", path, options.kind, isa, dequant.rows, offload);
+    const std::string what = fmt::format(
+        "{} {} {} {} {} {}", path, options.kind, isa, dequant.rows, offload, host_layers
+    );
     const Device device = make_device("cpu", isa, 2);
     Stream stream(device);
     LoadOptions load;
     load.dequant = dequant;
+    load.host_layers = host_layers;
     const auto model = load_model(stream, path, load);
     AdapterStore adapter(device, options, model->sites, model->compute, 2, 1);
     ScratchModel m = scratch_model(device, model->config, options);
     m.dequant = dequant;
+    m.staged = model->staged_bytes;
 
     size_t held = 0;
     for (const auto& entry : adapter.ledger()) {
@@ -113,7 +117,8 @@ void compare(
     }
     size_t rest = 0;
     for (const auto& entry : plan.entries) {
-        rest += entry.name == "KV pages" || entry.name == "decoding" ? entry.bytes : 0;
+        const bool of_engine = entry.name == "KV pages" || entry.name.ends_with("decoding");
+        rest += of_engine ? entry.bytes : 0;
     }
     // Scratch of an expert grows with its rows, which are not known before.
     expect_near(
@@ -206,6 +211,43 @@ TEST(Plan, OffloadingIsSuggestedToAGpuThatIsTooSmall) {
     EXPECT_EQ(refused(false, true, huge, huge), "");
     EXPECT_EQ(refused(false, true, huge, 0), "") << "not known";
     EXPECT_NE(refused(false, true, huge, 1000).find("of host memory"), std::string::npos);
+}
+
+TEST(Plan, StagedExpertsTakeWhatWasPredicted) {
+    compare(source_path("tests/models/tiny-qwen3-moe"), both_kinds()[0], "auto", {}, false, 1);
+}
+
+// On a GPU that is too small the plan keeps the experts of as few layers as it takes in host
+// memory.
+TEST(Plan, ExpertsThatDoNotFitGoToHostMemory) {
+    const char* models = std::getenv("ORBIT_MODELS");
+    if (models == nullptr) {
+        GTEST_SKIP() << "ORBIT_MODELS is not set";
+    }
+    Device gpu;  // nothing runs on it
+    gpu.kind = DeviceKind::kCuda;
+    gpu.threads = std::make_unique<ThreadPool>(1);
+    const Device cpu = make_device("cpu");
+    Config config;
+    config.model = std::string(models) + "/mini-qwen3-moe";
+    config.adapter.kind = "lora";
+    config.adapter.targets = {"q_proj"};
+    const Checkpoint checkpoint = open_checkpoint(config.model, {.tokenizer = false});
+    const MemoryPlan whole = plan_run(config, gpu, checkpoint, 100);
+    EXPECT_EQ(whole.host_layers, 0);
+    EXPECT_EQ(plan_run(config, gpu, checkpoint, 100, whole.total()).host_layers, 0);
+    const size_t available = whole.total() - (size_t{1} << 20);
+    const MemoryPlan plan = plan_run(config, gpu, checkpoint, 100, available);
+    EXPECT_GT(plan.host_layers, 0);
+    EXPECT_LE(plan.total(), available);
+    EXPECT_GT(plan.host_experts, 0U);
+    config.moe.host_layers = plan.host_layers - 1;
+    EXPECT_GT(plan_run(config, gpu, checkpoint, 100, available).total(), available);
+    config.moe.host_layers = kHostLayersAuto;
+    EXPECT_EQ(plan_run(config, cpu, checkpoint, 100, available).host_layers, 0)
+        << "nothing is gained on a CPU";
+    EXPECT_EQ(plan_run(config, gpu, checkpoint, 100, 1 << 20).host_layers, 0)
+        << "no number of layers is enough";
 }
 
 TEST(Plan, ReferenceModelsTakeWhatWasPredicted) {
@@ -488,8 +530,13 @@ TEST(GpuPlan, ExpertsGoToHostMemoryWhenTheyDoNotFit) {
     // The layers that leave make room enough, one fewer does not.
     const double layer = m.expert_bytes() / static_cast<double>(m.expert_layers) / 2;
     const auto layers = static_cast<double>(plan.host_layers);
-    EXPECT_LE(plan.total() - layers * layer, plan.usable);
-    EXPECT_GT(plan.total() - (layers - 1) * layer, plan.usable);
+    EXPECT_DOUBLE_EQ(plan.staged_bytes, 2 * layer);
+    EXPECT_LE(plan.total() + plan.staged_bytes - layers * layer, plan.usable);
+    EXPECT_GT(plan.total() + plan.staged_bytes - (layers - 1) * layer, plan.usable);
+    // 64 tokens, each with 6 of 384 experts.
+    const double touched = 1 - std::pow(1 - 6.0 / 384, 64);
+    EXPECT_NEAR(plan.decode_transfer_s, layers * layer * touched / 64e9, 1e-3);
+    EXPECT_NEAR(plan.train_transfer_s, 2 * layers * layer / 64e9, 1e-3);
     const std::string text = gpu_plan_text(m, options, plan);
     EXPECT_NE(text.find("does not fit"), std::string::npos);
     EXPECT_NE(text.find("Prediction"), std::string::npos);

@@ -73,6 +73,25 @@ same_bits() {
     rm -rf "$folder"
 }
 
+# Experts in host memory change no bit: rollout, training and decoding through captured graphs.
+host_experts() {
+    local orbit=$1 model=$2 layers=$3 folder kind
+    "$orbit" parity "$model" --device cuda:0 --host-layers "$layers" --texts 16 --longest 96 || return 1
+    "$orbit" bench "$model" --device cuda:0 --host-layers "$layers" --only decode,train --context 128 \
+        --decode-batches 1,16 --train-length 256 --train-tokens 1024 || return 1
+    folder=$(mktemp -d)
+    for kind in lora oft; do
+        local train=("$orbit" train examples/demo/run.toml --set model="$model" --set device=cuda:0 --set data.eval=
+            --set adapter.kind="$kind" --set adapter.block_size=16 --set train.steps=4 --set rollout.max_tokens=24
+            --set reward.name=regex --set 'reward.pattern=[a-c1]')
+        "${train[@]}" --set moe.host_layers=0 --run "$folder/$kind-device" 2>/dev/null || return 1
+        "${train[@]}" --set moe.host_layers="$layers" --run "$folder/$kind-host" 2>&1 | grep "host memory" || return 1
+        cmp "$folder/$kind-device/adapter/adapter_model.safetensors" "$folder/$kind-host/adapter/adapter_model.safetensors" &&
+            cmp "$folder/$kind-device/rollouts.jsonl" "$folder/$kind-host/rollouts.jsonl" || return 1
+    done
+    rm -rf "$folder"
+}
+
 demo() {
     local folder
     folder=$(mktemp -d)
@@ -106,6 +125,11 @@ run_checks() {
     done
     check "parity of the Qwen3-0.6B shape, texts up to 4,096 tokens" \
         "$bin/orbit" parity --shape qwen3-0.6b --longest 4096 --texts 8 --device cuda:0
+    check "experts in host memory: tiny-qwen3-moe" host_experts "$bin/orbit" tests/models/tiny-qwen3-moe 1
+    for model in "${models[@]}"; do
+        [[ -d "$model" && "$model" == *qwen3-moe* ]] || continue
+        check "experts in host memory: $(basename "$model")" host_experts "$bin/orbit" "$model" 2
+    done
     check "demo on the GPU" demo "$bin/orbit"
     check "equal bits: repeated, offloaded, killed and resumed" same_bits "$bin/orbit"
     printf '%d passed, %d failed\n' "$passed" "$failed"

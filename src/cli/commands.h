@@ -29,6 +29,7 @@ struct ModelArgs {
     std::string adapter;               // PEFT folder, or a run folder; empty: none
     std::string quantize;              // "int4": quantise at load
     std::string activations = "bf16";  // "f32": the check mode
+    int64_t host_layers = 0;           // as moe.host_layers, but nothing is chosen here
     DeviceArgs device;
 };
 
@@ -101,6 +102,7 @@ struct BenchArgs {
     std::string model;
     std::string shape;  // a synthetic model instead
     std::string format = "bf16";
+    int64_t host_layers = 0;  // > 0: also without, and both side by side
     BenchOptions options;
     std::vector<std::string> only;
     std::string json;

@@ -27,12 +27,21 @@ void add_device(CLI::App* app, DeviceArgs& args) {
         ->check(CLI::Range(0, 1024));
 }
 
+CLI::Option* add_host_layers(CLI::App* app, int64_t& layers) {
+    return app
+        ->add_option(
+            "--host-layers", layers, "layers, from the last, whose experts stay in host memory"
+        )
+        ->check(CLI::Range(0, 1 << 16));
+}
+
 void add_model(CLI::App* app, ModelArgs& args, bool with_adapter) {
     app->add_option("MODEL", args.model, "Hugging Face folder or GGUF file")->required();
     if (with_adapter) {
         app->add_option("--adapter", args.adapter, "PEFT folder, or the folder of a finished run");
     }
     app->add_option("--quantize", args.quantize, "int4: quantise a BF16 base while loading");
+    add_host_layers(app, args.host_layers);
     add_device(app, args.device);
 }
 
@@ -273,11 +282,17 @@ void add_bench(CLI::App& app, BenchArgs& args, Action& action) {
         "  orbit bench models/mini-qwen3-int4 --context 256 --rl-response 32\n"
         "  orbit bench --shape qwen3-0.6b --device cuda:0 --json bench.json\n"
         "  orbit bench --shape qwen3-8b --format int4 --device cuda:0 --only decode\n"
-        "  orbit bench --shape qwen3-4b --device cuda:0 --only train --activation-offloading"
+        "  orbit bench --shape qwen3-4b --device cuda:0 --only train --activation-offloading\n"
+        "  orbit bench --shape qwen3-30b-a3b --format int4 --host-layers 24 --only decode,train"
     );
     BenchOptions& o = args.options;
     command->add_option("MODEL", args.model, "Hugging Face folder or GGUF file");
     add_shape(command, args.shape, args.format);
+    add_host_layers(command, args.host_layers)
+        ->description(
+            "layers, from the last, whose experts stay in host memory; without as well, and both "
+            "side by side"
+        );
     command->add_option("--adapter", o.adapter, "lora, oft or none")
         ->capture_default_str()
         ->check(CLI::IsMember({"lora", "oft", "none"}));

@@ -37,7 +37,7 @@ std::unique_ptr<Model> load_or_make_model(
         fmt::join(synthetic_shapes(), ", ")
     );
     return shape.empty() ? load_model(stream, path, load)
-                         : make_synthetic_model(stream, shape, format);
+                         : make_synthetic_model(stream, shape, format, load.host_layers);
 }
 
 OpenModel::OpenModel(const ModelArgs& args)
@@ -50,6 +50,7 @@ OpenModel::OpenModel(const ModelArgs& args)
     );
     LoadOptions load;
     load.quantize = args.quantize;
+    load.host_layers = args.host_layers;
     if (args.activations == "f32") {
         USER_CHECK(device.is_cpu(), "--activations f32 runs on the CPU only; add --device cpu.");
         load.compute = DType::kF32;

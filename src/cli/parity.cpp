@@ -12,6 +12,7 @@ int run_parity(const ParityArgs& args) {
     Stream stream(device);
     LoadOptions load;
     load.quantize = args.model.quantize;
+    load.host_layers = args.model.host_layers;
     const std::unique_ptr<Model> model =
         load_or_make_model(stream, args.model.model, load, args.shape, args.format);
     ParityOptions options;

@@ -13,7 +13,7 @@ std::string device_name(int ordinal);
 void memory_info(int ordinal, size_t* free_bytes, size_t* total_bytes);
 void* allocate(int ordinal, size_t bytes);
 void free(int ordinal, void* pointer);
-void* allocate_host(int ordinal, size_t bytes);  // pinned
+void* allocate_host(int ordinal, size_t bytes);  // pinned; kernels read it at its address
 void free_host(int ordinal, void* pointer);
 void* create_stream(int ordinal);
 void destroy_stream(int ordinal, void* stream);

@@ -189,8 +189,19 @@ void device_free(const Device& device, void* pointer) {
 }
 
 void* host_allocate(const Device& device, size_t bytes) {
-    return device.is_cpu() ? device_allocate(device, bytes)
-                           : cuda::allocate_host(device.ordinal, std::max(kAlignment, bytes));
+    if (device.is_cpu()) {
+        return device_allocate(device, bytes);
+    }
+    // Asked before: a machine that runs out of pinned memory ends programs without a word.
+    const size_t available = host_memory_info().available;
+    USER_CHECK(
+        available == 0 || bytes <= available,
+        "{:.1f} MiB of pinned host memory were asked for, {:.1f} MiB are available; end other "
+        "programs, or keep less there (moe.host_layers, train.activation_offloading).",
+        static_cast<double>(bytes) / (1 << 20),
+        static_cast<double>(available) / (1 << 20)
+    );
+    return cuda::allocate_host(device.ordinal, std::max(kAlignment, aligned(bytes)));
 }
 
 void host_free(const Device& device, void* pointer) {
@@ -203,12 +214,17 @@ void host_free(const Device& device, void* pointer) {
 
 Arena::~Arena() {
     for (void* block : blocks_) {
-        device_free(*device_, block);
+        if (place_ == MemoryPlace::kHost) {
+            host_free(*device_, block);
+        } else {
+            device_free(*device_, block);
+        }
     }
 }
 
 Arena::Arena(Arena&& other) noexcept
     : device_(other.device_),
+      place_(other.place_),
       blocks_(std::move(other.blocks_)),
       entries_(std::move(other.entries_)),
       reserved_(other.reserved_),
@@ -217,8 +233,13 @@ Arena::Arena(Arena&& other) noexcept
     other.reserved_bytes_ = 0;
 }
 
+void* Arena::allocate(size_t bytes) const {
+    return place_ == MemoryPlace::kHost ? host_allocate(*device_, bytes)
+                                        : device_allocate(*device_, bytes);
+}
+
 void Arena::reserve(size_t bytes) {
-    reserved_ = static_cast<char*>(device_allocate(*device_, bytes));
+    reserved_ = static_cast<char*>(allocate(bytes));
     reserved_bytes_ = bytes;
     blocks_.push_back(reserved_);
 }
@@ -230,10 +251,13 @@ void* Arena::take_bytes(std::string_view name, size_t bytes) {
         reserved_ += size;
         reserved_bytes_ -= size;
     } else {
-        pointer = device_allocate(*device_, bytes);
+        pointer = allocate(bytes);
         blocks_.push_back(pointer);
     }
     entries_.push_back({std::string(name), bytes});
+    if (place_ == MemoryPlace::kHost) {
+        return pointer;
+    }
     if (device_->is_cpu()) {
         std::memset(pointer, 0, bytes);
     } else {

@@ -46,8 +46,9 @@ Device make_device(std::string_view which, std::string_view cpu_isa = "auto", in
 void* device_allocate(const Device& device, size_t bytes);
 void device_free(const Device& device, void* pointer);
 
-// Host memory that a device copies from and to beside other work: pinned on a GPU, on a CPU like
-// any other. UserError when the machine does not give it.
+// Host memory that a device copies from and to beside other work, and that its kernels read at the
+// same address: pinned on a GPU, on a CPU like any other. UserError when the machine does not give
+// it.
 void* host_allocate(const Device& device, size_t bytes);
 void host_free(const Device& device, void* pointer);
 
@@ -65,9 +66,13 @@ struct LedgerEntry {
     size_t bytes;
 };
 
+// Where an Arena's bytes lie: on the device, or in host memory (host_allocate).
+enum class MemoryPlace : uint8_t { kDevice, kHost };
+
 class Arena {
   public:
-    explicit Arena(const Device& device) : device_(&device) {}
+    explicit Arena(const Device& device, MemoryPlace place = MemoryPlace::kDevice)
+        : device_(&device), place_(place) {}
 
     ~Arena();
     Arena(Arena&& other) noexcept;
@@ -75,10 +80,9 @@ class Arena {
     Arena& operator=(const Arena&) = delete;
     Arena& operator=(Arena&&) = delete;
 
-    Tensor take(
-        std::string_view name, DType dtype, std::initializer_list<int64_t> shape
-    );                                                      // zeroed
-    void* take_bytes(std::string_view name, size_t bytes);  // zeroed
+    Tensor take(std::string_view name, DType dtype, std::initializer_list<int64_t> shape);
+    // Zeroed on the device, as the system gives it in host memory.
+    void* take_bytes(std::string_view name, size_t bytes);
 
     // What is taken from now on comes out of one block of `bytes`, as long as it fits: thousands of
     // allocations would each be rounded up to the pages of a GPU.
@@ -86,12 +90,17 @@ class Arena {
 
     const Device& device() const { return *device_; }
 
+    MemoryPlace place() const { return place_; }
+
     size_t total_bytes() const;
     // Entries of the same name (up to the first '.') are added up.
     std::vector<LedgerEntry> ledger() const;
 
   private:
+    void* allocate(size_t bytes) const;
+
     const Device* device_;
+    MemoryPlace place_;
     std::vector<void*> blocks_;
     std::vector<LedgerEntry> entries_;
     char* reserved_ = nullptr;

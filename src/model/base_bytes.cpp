@@ -48,6 +48,40 @@ int64_t base_bytes(const ModelConfig& config, const FormatOf& format_of) {
     return total;
 }
 
+HostExperts host_experts(const ModelConfig& config, const FormatOf& format_of, int64_t layers) {
+    HostExperts host;
+    if (layers == 0) {
+        return host;
+    }
+    USER_CHECK(
+        layers <= config.num_expert_layers(),
+        "moe.host_layers = {} is more than the number of layers with experts, which is {} here; "
+        "lower it.",
+        layers,
+        config.num_expert_layers()
+    );
+    std::vector<int64_t> bytes(static_cast<size_t>(config.num_expert_layers()), 0);
+    for (const ExpectedWeight& weight : expected_weights(config)) {
+        if (weight.expert_layer >= 0 && config.on_host(weight.expert_layer, layers)) {
+            bytes[static_cast<size_t>(weight.expert_layer)] += placed_bytes(weight, format_of);
+        }
+    }
+    for (const int64_t layer : bytes) {
+        host.bytes += layer;
+        host.staged = std::max(host.staged, layer);
+    }
+    return host;
+}
+
+void reserve_base(Model& model, const FormatOf& format_of, int64_t host_layers) {
+    const HostExperts host = host_experts(model.config, format_of, host_layers);
+    model.arena.reserve(static_cast<size_t>(base_bytes(model.config, format_of) - host.bytes));
+    if (host.bytes > 0) {
+        model.host.reserve(static_cast<size_t>(host.bytes));
+    }
+    model.staged_bytes = host.staged;
+}
+
 FormatOf placed_formats(const Checkpoint& checkpoint, const LoadOptions& options) {
     return [&checkpoint, options](const ExpectedWeight& weight) {
         const StoredWeight& stored = checkpoint.weights.at(weight.name);

@@ -23,6 +23,19 @@ FormatOf placed_formats(const Checkpoint& checkpoint, const LoadOptions& options
 int64_t base_bytes(const ModelConfig& config, const FormatOf& format_of);
 int64_t base_bytes(const Checkpoint& checkpoint, const LoadOptions& options);
 
+// Of that, the experts of the last `layers` layers that have some, which host memory holds instead
+// of the device. UserError when the model has fewer such layers.
+struct HostExperts {
+    int64_t bytes = 0;
+    int64_t staged = 0;  // on the device, for one layer at a time: the largest
+};
+
+HostExperts host_experts(const ModelConfig& config, const FormatOf& format_of, int64_t layers);
+
+// One block of `model`'s arena for the base, one of host memory for the experts that stay there,
+// and staged_bytes.
+void reserve_base(Model& model, const FormatOf& format_of, int64_t host_layers);
+
 // Every linear layer that can carry an adapter, in the order of Model::sites.
 std::vector<AdapterSite> adapter_sites(const ModelConfig& config);
 

@@ -33,14 +33,14 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 namespace {
 
 void expect_experts(
-    const ModelConfig& c, const std::string& layer, std::vector<ExpectedWeight>& list
+    const ModelConfig& c, const std::string& layer, int64_t index, std::vector<ExpectedWeight>& list
 ) {
     list.push_back({layer + "mlp.gate.weight", {c.num_experts, c.width}});
     for (int64_t e = 0; e < c.num_experts; ++e) {
         const std::string expert = fmt::format("{}mlp.experts.{}.", layer, e);
-        list.push_back({expert + "gate_proj.weight", {c.expert_width, c.width}, true});
-        list.push_back({expert + "up_proj.weight", {c.expert_width, c.width}, true});
-        list.push_back({expert + "down_proj.weight", {c.width, c.expert_width}, true});
+        list.push_back({expert + "gate_proj.weight", {c.expert_width, c.width}, true, index});
+        list.push_back({expert + "up_proj.weight", {c.expert_width, c.width}, true, index});
+        list.push_back({expert + "down_proj.weight", {c.width, c.expert_width}, true, index});
     }
 }
 
@@ -48,6 +48,7 @@ void expect_experts(
 
 std::vector<ExpectedWeight> expected_weights(const ModelConfig& c) {
     std::vector<ExpectedWeight> list;
+    int64_t expert_layers = 0;
     const int64_t q_width = c.num_heads * c.head_dim;
     const int64_t kv_width = c.num_kv_heads * c.head_dim;
     list.push_back({"model.embed_tokens.weight", {c.vocab_size, c.width}});
@@ -70,7 +71,7 @@ std::vector<ExpectedWeight> expected_weights(const ModelConfig& c) {
         list.push_back({attention + "o_proj.weight", {c.width, q_width}, true});
         list.push_back({layer + "post_attention_layernorm.weight", {c.width}});
         if (c.layer_has_experts(l)) {
-            expect_experts(c, layer, list);
+            expect_experts(c, layer, expert_layers++, list);
             continue;
         }
         list.push_back({layer + "mlp.gate_proj.weight", {c.mlp_width, c.width}, true});

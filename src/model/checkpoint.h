@@ -73,7 +73,8 @@ Checkpoint open_gguf(const std::string& file, const OpenOptions& options);
 struct ExpectedWeight {
     std::string name;
     std::vector<int64_t> shape;
-    bool linear = false;  // a matrix of a layer that may be quantised and adapted
+    bool linear = false;        // a matrix of a layer that may be quantised and adapted
+    int64_t expert_layer = -1;  // of a routed expert: its layer, counted among those with experts
 };
 
 std::vector<ExpectedWeight> expected_weights(const ModelConfig& config);

@@ -190,6 +190,17 @@ Routing Pass::route(Tensor x, const MoeWeights& moe) {
     return routing;
 }
 
+const MoeWeights& Pass::experts_on_device(const Routing& routing, const MoeWeights& moe) {
+    if (!moe.on_host) {
+        return moe;
+    }
+    CHECK(staging != nullptr, "(a model with experts in host memory)");
+    if (dequant != nullptr) {
+        dequant->clear();  // it knows a matrix by its address, where another one lies now
+    }
+    return staging->stage(stream, routing, moe);
+}
+
 Tensor Pass::dispatch(const Routing& routing, Tensor x) {
     const Tensor y = scratch_like(*this, x.rows() * routing.num_selected, x.cols());
     dispatch_rows(stream, routing, x, y);
@@ -285,6 +296,10 @@ Tensor forward_hidden(Pass& pass, LayerInputs* inputs) {
     if (const int64_t bytes = dequant_bytes(pass.model, T); bytes > 0) {
         pass.dequant = &dequant.emplace(pass.stream, bytes);
     }
+    std::optional<ExpertStaging> staging;
+    if (pass.model.staged_bytes > 0) {
+        pass.staging = &staging.emplace(pass.stream, pass.model);
+    }
     for (int64_t layer = 0; layer < num_layers; ++layer) {
         const ScratchScope temporaries(pass.stream.scratch);
         if (inputs != nullptr) {
@@ -299,6 +314,7 @@ Tensor forward_hidden(Pass& pass, LayerInputs* inputs) {
         x = forward_layer(pass, layer, x, buffers[static_cast<size_t>(layer + 1) % buffers.size()]);
     }
     pass.dequant = nullptr;
+    pass.staging = nullptr;
     return x;
 }
 
@@ -333,6 +349,10 @@ void backward_layers(Pass& pass, const LayerInputs& inputs, Tensor d_hidden) {
     if (const int64_t bytes = dequant_bytes(pass.model, pass.batch.num_tokens); bytes > 0) {
         dequant.emplace(pass.stream, bytes);
     }
+    std::optional<ExpertStaging> staging;
+    if (pass.model.staged_bytes > 0) {
+        staging.emplace(pass.stream, pass.model);
+    }
     for (int64_t layer = pass.model.config.num_layers - 1; layer >= 0; --layer) {
         const ScratchScope temporaries(pass.stream.scratch);
         Tape tape(pass.stream);
@@ -345,6 +365,7 @@ void backward_layers(Pass& pass, const LayerInputs& inputs, Tensor d_hidden) {
             pass.slot,
             &tape,
             dequant ? &*dequant : nullptr,
+            staging ? &*staging : nullptr,
             pass.replay};
         const Tensor x = inputs.x[static_cast<size_t>(layer)];
         if (inputs.offload != nullptr) {

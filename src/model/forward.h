@@ -8,6 +8,7 @@
 
 #include "adapter/adapter.h"
 #include "model/activation_offload.h"
+#include "model/expert_staging.h"
 #include "model/kv_cache.h"
 #include "model/model.h"
 #include "model/tape.h"
@@ -29,7 +30,8 @@ struct Pass {
     int slot = kNoAdapter;
     Tape* tape = nullptr;
     DequantBuffer* dequant = nullptr;
-    RoutingPages replay = {};  // experts to take instead of the router's choice
+    ExpertStaging* staging = nullptr;  // where Model::staged_bytes > 0
+    RoutingPages replay = {};          // experts to take instead of the router's choice
 
     // Recorded ops. `out`: where to write; undefined: new scratch memory.
     Tensor rms_norm(Tensor x, const float* weight);
@@ -41,6 +43,8 @@ struct Pass {
     Tensor swiglu(Tensor gate, Tensor up);
     // Mixture of experts: T tokens become T K rows sorted by expert, and T tokens again.
     Routing route(Tensor x, const MoeWeights& moe);
+    // The layer's experts on the device: `moe` itself, or what was copied for these rows.
+    const MoeWeights& experts_on_device(const Routing& routing, const MoeWeights& moe);
     Tensor dispatch(const Routing& routing, Tensor x);
     Tensor grouped_linear(const Routing& routing, Tensor x, const ExpertWeights& weights);
     Tensor combine(const Routing& routing, Tensor x, Tensor residual, Tensor out);

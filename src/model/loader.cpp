@@ -61,7 +61,6 @@ class WeightLoader {
         w.o = linear(attention + "o_proj", false);
         if (config.layer_has_experts(static_cast<int64_t>(model_.layers.size()))) {
             w.moe = experts(prefix + "mlp.");
-            w.moe->index = num_expert_layers_++;
             return w;
         }
         w.gate = linear(prefix + "mlp.gate_proj", false);
@@ -73,10 +72,13 @@ class WeightLoader {
     MoeWeights experts(const std::string& prefix) {
         MoeWeights moe;
         moe.router = matrix(prefix + "gate", false);
+        moe.index = num_expert_layers_++;
+        moe.on_host = model_.config.on_host(moe.index, options_.host_layers);
+        Arena& arena = moe.on_host ? model_.host : model_.arena;
         const int64_t count = model_.config.num_experts;
-        MatrixStack gate(model_.arena, "base.gate_proj", count);
-        MatrixStack up(model_.arena, "base.up_proj", count);
-        MatrixStack down(model_.arena, "base.down_proj", count);
+        MatrixStack gate(arena, "base.gate_proj", count);
+        MatrixStack up(arena, "base.up_proj", count);
+        MatrixStack down(arena, "base.down_proj", count);
         const auto add = [&](const std::string& module, MatrixStack& stack, ExpertWeights& to) {
             to.w.push_back(stack.add(stream_, staged(module, true).matrix));
             to.sites.push_back(add_site(module, to.w.back()));
@@ -246,7 +248,7 @@ void load_weights(
     );
     model.compute = options.compute;
     model.dequant = options.dequant;
-    model.arena.reserve(static_cast<size_t>(base_bytes(checkpoint, options)));
+    reserve_base(model, placed_formats(checkpoint, options), options.host_layers);
     WeightLoader(stream, model, checkpoint, options).load_all();
     model.rope = make_rope_table(stream, model.arena, model.config, checkpoint.rope_factors);
     if (model.largest_rounding_error > 0) {

@@ -56,6 +56,11 @@ struct ModelConfig {
 
     bool layer_has_experts(int64_t layer) const;
     int64_t num_expert_layers() const;
+
+    // Whether the experts of layer `index`, counted among those with experts, stay in host memory.
+    bool on_host(int64_t index, int64_t host_layers) const {
+        return index >= num_expert_layers() - host_layers;
+    }
 };
 
 struct LinearWeights {
@@ -74,7 +79,8 @@ struct ExpertWeights {
 struct MoeWeights {
     QuantizedMatrix router;  // [experts, width], never adapted
     ExpertWeights gate, up, down;
-    int32_t index = 0;  // of this layer among those with experts
+    int32_t index = 0;     // of this layer among those with experts
+    bool on_host = false;  // gate, up and down lie in Model::host
 };
 
 struct LayerWeights {
@@ -88,13 +94,15 @@ struct LayerWeights {
 };
 
 struct Model {
-    explicit Model(const Device& device) : arena(device) {}
+    explicit Model(const Device& device) : arena(device), host(device, MemoryPlace::kHost) {}
 
     ModelConfig config;
     std::string path;
     std::string name;              // last path component, for people
     DType compute = DType::kBF16;  // activations; kF32 in the check mode
     Arena arena;
+    Arena host;  // experts of the last layers that have some (LoadOptions::host_layers)
+    int64_t staged_bytes = 0;   // what a pass takes on the device for one layer of those
     QuantizedMatrix embedding;  // [vocab, width]
     QuantizedMatrix head;       // the embedding itself when tied
     std::vector<LayerWeights> layers;
@@ -116,6 +124,7 @@ struct LoadOptions {
         quantize;  // "" as stored, "int4": BF16 linears are quantised to INT4 group 32 at load
     bool weights = true;  // false: config, tokenizer and template only (inspect)
     DequantOptions dequant = {};
+    int64_t host_layers = 0;  // layers whose experts stay in host memory, counted from the last
 };
 
 // MODEL: a Hugging Face folder or a .gguf file. UserError names the file, the tensor or field, and

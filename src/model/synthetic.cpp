@@ -146,6 +146,7 @@ struct Builder {
     Model& model;
     Pool pool;
     WeightFormat format;  // of linears
+    int64_t host_layers;
 
     QuantizedMatrix plain(const char* name, int64_t rows, int64_t cols, float scale) {
         const HostMatrix host(pool, WeightFormat::kBF16, rows, cols, scale);
@@ -182,6 +183,8 @@ struct Builder {
         const ModelConfig& c = model.config;
         MoeWeights moe;
         moe.index = static_cast<int32_t>(layer);
+        moe.on_host = c.on_host(layer, host_layers);
+        Arena& arena = moe.on_host ? model.host : model.arena;
         const float router_scale = 1.0f / std::sqrt(static_cast<float>(c.width));
         moe.router = plain("base.router", c.num_experts, c.width, router_scale);
 
@@ -193,7 +196,7 @@ struct Builder {
         };
 
         const auto part = [&](const char* leaf, ExpertWeights& to, int64_t out, int64_t in) {
-            return Part{leaf, &to, drawn(out, in), {model.arena, "base.experts", c.num_experts}};
+            return Part{leaf, &to, drawn(out, in), {arena, "base.experts", c.num_experts}};
         };
         Part parts[] = {
             part("gate_proj", moe.gate, c.expert_width, c.width),
@@ -293,7 +296,7 @@ ModelConfig synthetic_config(const std::string& name) {
 }
 
 std::unique_ptr<Model> make_synthetic_model(
-    Stream& stream, const std::string& shape, const std::string& format
+    Stream& stream, const std::string& shape, const std::string& format, int64_t host_layers
 ) {
     const WeightFormat weights = synthetic_format(format);
     auto model = std::make_unique<Model>(stream.device);
@@ -301,10 +304,11 @@ std::unique_ptr<Model> make_synthetic_model(
     model->name = shape + " (random " + format + ")";
     model->path = shape;
     const ModelConfig& c = model->config;
-    model->arena.reserve(static_cast<size_t>(base_bytes(c, [&](const ExpectedWeight& weight) {
+    const auto format_of = [&](const ExpectedWeight& weight) {
         return MatrixFormat{weight.linear ? weights : WeightFormat::kBF16};
-    })));
-    Builder build{stream, *model, Pool(), weights};
+    };
+    reserve_base(*model, format_of, host_layers);
+    Builder build{stream, *model, Pool(), weights, host_layers};
     model->embedding = build.plain("base.embedding", c.vocab_size, c.width, 1.0f);
     const float head_scale = 1.0f / std::sqrt(static_cast<float>(c.width));
     model->head = c.tied_embeddings ? model->embedding

@@ -17,9 +17,9 @@ std::vector<std::string> synthetic_shapes();  // "qwen3-0.6b", ...
 ModelConfig synthetic_config(const std::string& shape);
 
 // format: "bf16", "int4", "fp8", "mxfp4" or "nvfp4" (linears; embedding, head and routers stay
-// BF16).
+// BF16). host_layers: as in LoadOptions.
 std::unique_ptr<Model> make_synthetic_model(
-    Stream& stream, const std::string& shape, const std::string& format
+    Stream& stream, const std::string& shape, const std::string& format, int64_t host_layers = 0
 );
 
 }  // namespace orbit

@@ -91,6 +91,9 @@ void grouped_linear_backward(
     bool accumulate_dx,
     std::span<const AdapterGrad> grads
 );
+void stage_experts(
+    Stream& stream, const int32_t* offsets, int32_t num_experts, std::span<const ExpertArray> arrays
+);
 void advance_decode(Stream& stream, const DecodeState& state);
 void adamw(
     Stream& stream,

@@ -142,6 +142,10 @@ void grouped_linear_backward(Stream&, const GroupedLinearParams&, Tensor, Tensor
     no_cuda();
 }
 
+void stage_experts(Stream&, const int32_t*, int32_t, std::span<const ExpertArray>) {
+    no_cuda();
+}
+
 void advance_decode(Stream&, const DecodeState&) {
     no_cuda();
 }

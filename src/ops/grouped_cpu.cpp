@@ -232,6 +232,29 @@ bf16* DequantBuffer::place(const QuantizedMatrix& w, bool& decoded) {
     return at(oldest);
 }
 
+void stage_experts(
+    Stream& stream, const int32_t* offsets, int32_t num_experts, std::span<const ExpertArray> arrays
+) {
+    CHECK_LE(arrays.size(), kExpertArraysMax);
+    if (!stream.is_cpu()) {
+        cuda::stage_experts(stream, offsets, num_experts, arrays);
+        return;
+    }
+    stream.threads().parallel_for(num_experts, 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t e = begin; e < end; ++e) {
+            for (const ExpertArray& a : arrays) {
+                if (offsets[e] < offsets[e + 1]) {
+                    std::memcpy(
+                        a.to + e * a.to_distance,
+                        a.from + e * a.from_distance,
+                        static_cast<size_t>(a.bytes)
+                    );
+                }
+            }
+        }
+    });
+}
+
 void grouped_linear(Stream& stream, const GroupedLinearParams& p, Tensor y) {
     if (!stream.is_cpu()) {
         cuda::grouped_linear(stream, p, y);

@@ -5,6 +5,7 @@
 // stays on the device. T tokens, K experts per token, E experts, R = T K routed rows.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -123,6 +124,26 @@ class DequantBuffer {
     uint64_t clock_ = 0;
     int64_t num_decoded_ = 0;
 };
+
+// Experts whose weights lie in host memory: one array of every expert, codes or scales, at one
+// distance from each other on both sides. Each expert's bytes start on 256 and may be read and
+// written up to the next multiple of 16.
+struct ExpertArray {
+    const std::byte* from = nullptr;  // of expert 0, in host memory
+    std::byte* to = nullptr;          // on the device
+    int64_t bytes = 0;                // of one expert
+    int64_t from_distance = 0;        // bytes from an expert to the next
+    int64_t to_distance = 0;
+};
+
+constexpr size_t kExpertArraysMax = 6;  // codes and scales of gate, up and down
+
+// Copies what the experts with rows have in `arrays`; what the others have on the device stays as
+// it was. The device finds them in the offsets ([E + 1], device), so nothing waits for the host and
+// the copy can be part of a captured graph.
+void stage_experts(
+    Stream& stream, const int32_t* offsets, int32_t num_experts, std::span<const ExpertArray> arrays
+);
 
 // y[r] = linear of row r with its expert's weight and adapter. experts, adapters: one per expert,
 // host arrays; adapters empty: none. The same arithmetic as linear() on the expert's rows alone,

@@ -1,5 +1,7 @@
 #include "quant/place.h"
 
+#include <cstring>
+
 namespace orbit {
 
 namespace {
@@ -14,15 +16,25 @@ size_t data_bytes(const QuantizedMatrix& w) {
     return static_cast<size_t>(w.rows * row_bytes(w.format, w.cols));
 }
 
+void copy_bytes(Stream& stream, MemoryPlace place, void* to, const void* from, size_t bytes) {
+    if (place == MemoryPlace::kHost) {
+        std::memcpy(to, from, bytes);
+    } else {
+        copy_to_device(stream, to, from, bytes);
+    }
+}
+
 // `scales` is null when the format has none.
-QuantizedMatrix copied_to(Stream& stream, const QuantizedMatrix& host, void* data, void* scales) {
+QuantizedMatrix copied_to(
+    Stream& stream, MemoryPlace place, const QuantizedMatrix& host, void* data, void* scales
+) {
     QuantizedMatrix placed = host;
-    copy_to_device(stream, data, host.data, data_bytes(host));
+    copy_bytes(stream, place, data, host.data, data_bytes(host));
     placed.data = data;
     if (scales != nullptr) {
         const bool is_int4 = host.format == WeightFormat::kInt4;
         const void* from = is_int4 ? host.scales : host.block_scales;
-        copy_to_device(stream, scales, from, static_cast<size_t>(host.scale_bytes()));
+        copy_bytes(stream, place, scales, from, static_cast<size_t>(host.scale_bytes()));
         placed.scales = is_int4 ? static_cast<const bf16*>(scales) : nullptr;
         placed.block_scales = is_int4 ? nullptr : scales;
     }
@@ -39,7 +51,7 @@ QuantizedMatrix place_weight(
     void* data = arena.take_bytes(name, data_bytes(host));
     const auto scale_bytes = static_cast<size_t>(host.scale_bytes());
     void* scales = scale_bytes > 0 ? arena.take_bytes(name, scale_bytes) : nullptr;
-    return copied_to(stream, host, data, scales);
+    return copied_to(stream, arena.place(), host, data, scales);
 }
 
 QuantizedMatrix MatrixStack::add(Stream& stream, const QuantizedMatrix& host) {
@@ -62,7 +74,7 @@ QuantizedMatrix MatrixStack::add(Stream& stream, const QuantizedMatrix& host) {
     const auto at = static_cast<size_t>(used_++);
     void* data = data_ + at * aligned(static_cast<int64_t>(data_bytes(host)));
     void* scales = scales_ == nullptr ? nullptr : scales_ + at * aligned(host.scale_bytes());
-    return copied_to(stream, host, data, scales);
+    return copied_to(stream, arena_->place(), host, data, scales);
 }
 
 }  // namespace orbit

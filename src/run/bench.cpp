@@ -1,13 +1,15 @@
 #include "run/bench.h"
 
 #include <algorithm>
-#include <cmath>
 #include <functional>
 #include <optional>
+#include <set>
 
+#include "base/hash.h"
 #include "base/log.h"
 #include "base/philox.h"
 #include "rollout/engine.h"
+#include "run/host_experts.h"
 #include "run/memory_plan.h"
 #include "train/trainer.h"
 
@@ -45,6 +47,55 @@ std::vector<int32_t> random_ids(const Model& model, int64_t count, uint32_t stre
     return ids;
 }
 
+// Tokens and log-probs of all answers, in the order of their requests.
+std::string digest_of(std::vector<Completion>& answers) {
+    std::sort(answers.begin(), answers.end(), [](const Completion& a, const Completion& b) {
+        return std::pair(a.ticket, a.sample) < std::pair(b.ticket, b.sample);
+    });
+    uint64_t hash = 0;
+    for (const Completion& a : answers) {
+        hash = hash64(a.ids.data(), a.ids.size() * sizeof(int32_t), hash);
+        hash = hash64(a.logprobs.data(), a.logprobs.size() * sizeof(float), hash);
+    }
+    return hash_hex(hash);
+}
+
+std::string digest_of(Stream& stream, AdapterStore& adapter) {
+    constexpr int64_t kChunk = 1 << 22;
+    std::vector<float> values;
+    uint64_t hash = 0;
+    for (int64_t done = 0; done < adapter.num_parameters(); done += kChunk) {
+        values.resize(static_cast<size_t>(std::min(kChunk, adapter.num_parameters() - done)));
+        const size_t bytes = values.size() * sizeof(float);
+        copy_to_host(stream, values.data(), adapter.masters() + done, bytes);
+        hash = hash64(values.data(), bytes, hash);
+    }
+    return hash_hex(hash);
+}
+
+// Experts of a layer that the answers' tokens number `from` and later chose, all answers together,
+// at one position: the mean over layers and positions. Answers of one length.
+double mean_active_experts(
+    const ModelConfig& c, const std::vector<Completion>& answers, int64_t from
+) {
+    const int64_t layers = c.num_expert_layers();
+    const int64_t per_token = layers * c.experts_per_token;
+    const int64_t id_bytes = c.num_experts > 256 ? 2 : 1;
+    const int64_t tokens = static_cast<int64_t>(answers[0].routing.size()) / (per_token * id_bytes);
+    double total = 0;
+    for (int64_t at = from * layers; at < tokens * layers; ++at) {
+        std::set<int> chosen;
+        for (const Completion& a : answers) {
+            for (int64_t k = 0; k < c.experts_per_token; ++k) {
+                const auto i = static_cast<size_t>((at * c.experts_per_token + k) * id_bytes);
+                chosen.insert(a.routing[i] + (id_bytes == 2 ? a.routing[i + 1] << 8 : 0));
+            }
+        }
+        total += static_cast<double>(chosen.size());
+    }
+    return total / static_cast<double>((tokens - from) * layers);
+}
+
 class Bench {
   public:
     Bench(Stream& stream, const Model& model, const BenchOptions& options)
@@ -60,7 +111,7 @@ class Bench {
 
     std::vector<BenchRow> run() {
         ceilings();
-        if (options_.kernels) {
+        if (options_.kernels && model_.staged_bytes == 0) {  // they are the same then
             linears();
             experts();
         }
@@ -109,6 +160,29 @@ class Bench {
         row.time_us = seconds * 1e6;
         row.note = fmt::format("{:.3f} TB/s", measured * 1e-12);
         add(row);
+        if (model_.staged_bytes > 0) {
+            host_rate_ = host_link_rate(stream_, model_.staged_bytes);
+            row.shape = "copies from page-locked host memory";
+            row.time_us = 1e6 * static_cast<double>(model_.staged_bytes) / host_rate_;
+            row.note = fmt::format(
+                "{:.1f} GB/s; time of a layer's experts, {:.1f} of {:.1f} MiB pinned",
+                host_rate_ * 1e-9,
+                static_cast<double>(model_.staged_bytes) / (1 << 20),
+                static_cast<double>(model_.host.total_bytes()) / (1 << 20)
+            );
+            add(row);
+        }
+    }
+
+    // What `passes` forwards over `tokens` tokens read from host memory, in time and in the floor.
+    void add_streamed(BenchRow& row, int64_t tokens, int passes) const {
+        const auto held = static_cast<int64_t>(model_.host.total_bytes());
+        const double bytes = passes * streamed_bytes(model_.config, held, tokens);
+        row.streamed_us = 1e6 * bytes / host_rate_;
+        row.floor_us += row.floor_us > 0 ? row.streamed_us : 0;
+        if (held > 0) {
+            row.note += fmt::format(", {:.2f} GB from host memory predicted", bytes * 1e-9);
+        }
     }
 
     // One block of scratch for what follows, and nothing left of what was before.
@@ -120,11 +194,10 @@ class Bench {
     MemoryPlan plan(const RolloutShape& rollout, const TrainShape& train) const {
         AdapterOptions adapter;
         adapter.kind = options_.adapter;
+        ScratchModel scratch = scratch_model(stream_.device, model_.config, adapter);
+        scratch.staged = model_.staged_bytes;
         return plan_memory(
-            scratch_model(stream_.device, model_.config, adapter),
-            static_cast<int64_t>(model_.arena.total_bytes()),
-            rollout,
-            train
+            scratch, static_cast<int64_t>(model_.arena.total_bytes()), rollout, train
         );
     }
 
@@ -352,9 +425,8 @@ class Bench {
         const double each = static_cast<double>(
             moe.gate.w[0].bytes() + moe.up.w[0].bytes() + moe.down.w[0].bytes()
         );
-        const auto experts = static_cast<double>(model_.config.num_experts);
-        const double missed = 1.0 - static_cast<double>(model_.config.experts_per_token) / experts;
-        return each * experts * (1.0 - std::pow(missed, static_cast<double>(batch))) +
+        const ModelConfig& c = model_.config;
+        return each * active_experts(c.num_experts, c.experts_per_token, batch) +
                static_cast<double>(moe.router.bytes());
     }
 
@@ -392,20 +464,21 @@ class Bench {
 
     void decode(int64_t batch) {
         const ModelConfig& c = model_.config;
-        constexpr int64_t kTokens = 96;
+        const int64_t length = stream_.is_cpu() ? 16 : 96;
         EngineOptions options;
         options.max_batch = batch;
         options.prefill_chunk = 8192;
-        options.kv_tokens = batch * (options_.context + kTokens + 4 * kPageTokens);
+        options.kv_tokens = batch * (options_.context + length + 4 * kPageTokens);
+        options.record_routing = c.num_experts > 0;
         const MemoryPlan memory =
-            plan({options, options_.context, options_.context + kTokens, SamplingFilter{}}, {});
+            plan({options, options_.context, options_.context + length, SamplingFilter{}}, {});
         prepare(memory);
         RolloutEngine engine(stream_, model_, adapter_.get(), options);
         for (int64_t b = 0; b < batch; ++b) {
             Request request;
             request.prompt = random_ids(model_, options_.context, static_cast<uint32_t>(b));
             request.request_ids = {static_cast<uint64_t>(b)};
-            request.max_tokens = kTokens;
+            request.max_tokens = length;
             request.ignore_stop = true;
             engine.submit(std::move(request));
         }
@@ -439,7 +512,7 @@ class Bench {
             options_.adapter
         );
         row.time_us = 1e6 * median(times);
-        const double context = static_cast<double>(options_.context + kTokens / 2);
+        const double context = static_cast<double>(options_.context + length / 2);
         const double flops =
             2.0 * static_cast<double>(batch) *
             (linear_parameters() + static_cast<double>(c.vocab_size * c.width) +
@@ -450,6 +523,18 @@ class Bench {
             "prefill {:.0f} tok/s", static_cast<double>(batch * options_.context) / prefill
         );
         measure(&engine, nullptr);
+        while (engine.step()) {
+        }
+        std::vector<Completion> answers = engine.take_finished();
+        row.digest = digest_of(answers);
+        if (c.num_experts > 0) {
+            row.note += fmt::format(
+                ", experts active in a layer {:.1f} expected, {:.1f} met",
+                active_experts(c.num_experts, c.experts_per_token, batch),
+                mean_active_experts(c, answers, options_.context)
+            );
+        }
+        add_streamed(row, batch, 1);
         report_memory(row, memory);
         add(row);
     }
@@ -513,6 +598,8 @@ class Bench {
         row.tokens_per_s = tokens / seconds;
         row.note =
             fmt::format("{:.1f} TFLOP/s (6N, attention and head in)", flops / seconds * 1e-12);
+        row.digest = digest_of(stream_, *adapter_);
+        add_streamed(row, options_.train_tokens, 2);
         report_memory(row, memory);
         add(row);
     }
@@ -561,8 +648,9 @@ class Bench {
         }
         const double rollout = now_s() - start;
         std::vector<Completion> done = engine.take_finished();
-        const double train = train_on(prompts, done, engine);
         BenchRow row;
+        row.digest = digest_of(done);
+        const double train = train_on(prompts, done, engine);
         row.what = "rl step";
         row.shape = fmt::format(
             "{} {} x {}, {} in, {} out, adapter {}{}",
@@ -660,12 +748,32 @@ class Bench {
     std::unique_ptr<AdapterStore> adapter_;
     std::vector<BenchRow> rows_;
     double bandwidth_ = 1;
+    double host_rate_ = 1;     // bytes/s from host memory
     double memory_bytes_ = 0;  // the most that was measured since prepare()
     int64_t mismatches_ = 0;
     int64_t compared_ = 0;
 };
 
 }  // namespace
+
+std::vector<HostExpertsRow> compare_host_experts(
+    const std::vector<BenchRow>& device, const std::vector<BenchRow>& host
+) {
+    std::vector<HostExpertsRow> rows;
+    for (const BenchRow& h : host) {
+        const auto same = std::find_if(device.begin(), device.end(), [&](const BenchRow& d) {
+            return d.what == h.what && d.shape == h.shape;
+        });
+        if (h.digest.empty() || same == device.end()) {
+            continue;
+        }
+        const double predicted = h.streamed_us > 0 ? same->time_us + h.streamed_us : 0;
+        rows.push_back(
+            {h.what, h.shape, same->time_us, h.time_us, predicted, h.digest == same->digest}
+        );
+    }
+    return rows;
+}
 
 std::vector<BenchRow> run_bench_table(
     Stream& stream, const Model& model, const BenchOptions& options

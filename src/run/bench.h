@@ -37,8 +37,24 @@ struct BenchRow {
     double floor_us = 0;  // 0: no floor known
     double tokens_per_s = 0;
     double memory_bytes = 0;
+    double streamed_us = 0;  // of experts in host memory: predicted bytes over the link's rate
+    std::string digest;      // of the tokens and log-probs, or of the trained adapter
     std::string note;
 };
+
+// A row of a model with all experts on the device, and of the same with some in host memory.
+struct HostExpertsRow {
+    std::string what;
+    std::string shape;
+    double device_us = 0;
+    double host_us = 0;
+    double predicted_us = 0;  // device_us and what is streamed; 0: no prediction
+    bool equal_bits = false;
+};
+
+std::vector<HostExpertsRow> compare_host_experts(
+    const std::vector<BenchRow>& device, const std::vector<BenchRow>& host
+);
 
 std::vector<BenchRow> run_bench_table(
     Stream& stream, const Model& model, const BenchOptions& options

@@ -482,6 +482,7 @@ void check_rest(const RangeCheck& check, const Config& c) {
     check.in("reward.timeout_s", c.reward.timeout_s, 0, 86400);
     check.in("moe.dequant_bytes", c.moe.dequant_bytes, 1 << 20, 1e15);
     check.in("moe.dequant_rows", c.moe.dequant_rows, 0, 1e9);
+    check.in("moe.host_layers", c.moe.host_layers, kHostLayersAuto, 1 << 16);
     check.in("checkpoint.every", c.checkpoint.every, 0, 1e9);
     check.in("checkpoint.keep", c.checkpoint.keep, 1, 1e6);
     check.in("eval.every", c.eval.every, 0, 1e9);

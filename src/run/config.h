@@ -38,10 +38,13 @@ struct CheckpointOptions {
     }
 };
 
+constexpr int64_t kHostLayersAuto = -1;
+
 struct MoeOptions {
     int64_t dequant_bytes = int64_t{256} << 20;
     int64_t dequant_rows = 0;
     bool replay_routing = false;
+    int64_t host_layers = kHostLayersAuto;
 
     void visit(auto&& field) {
         field(
@@ -58,6 +61,13 @@ struct MoeOptions {
             "replay_routing",
             replay_routing,
             "training takes the experts that the rollout recorded, not its own choice"
+        );
+        field(
+            "host_layers",
+            host_layers,
+            "layers, counted from the last, whose experts stay in host memory; -1: on a GPU as "
+            "many "
+            "as do not fit"
         );
     }
 };

@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "model/rope_table.h"
+#include "run/host_experts.h"
 
 namespace orbit {
 namespace {
@@ -188,21 +189,21 @@ void add_host_memory(const PlanModel& m, const GpuPlanOptions& o, GpuPlan& plan)
     }
     const auto gpus = static_cast<double>(plan.set.count);
     const double layer = m.expert_bytes() / static_cast<double>(m.expert_layers) / gpus;
-    plan.host_layers = static_cast<int64_t>(std::ceil((plan.total() - plan.usable) / layer));
+    plan.staged_bytes = 2 * layer;  // of the main stream and of decoding
+    const double over = plan.total() + plan.staged_bytes - plan.usable;
+    plan.host_layers = static_cast<int64_t>(std::ceil(over / layer));
     if (plan.host_layers > m.expert_layers) {
         return;
     }
-    const auto experts = static_cast<double>(m.experts);
-    const double share = static_cast<double>(m.experts_per_token) / experts;
-    const double touched = 1 - std::pow(1 - share, static_cast<double>(o.batch));
+    const double touched =
+        active_experts(m.experts, m.experts_per_token, o.batch) / static_cast<double>(m.experts);
     const auto host = static_cast<double>(plan.host_layers);
-    const auto resident = static_cast<double>(m.expert_layers) - host;
     const double others = m.other_bytes() / gpus + kv_bytes(m, o, plan.set.count);
     const double rate = plan.set.gpu.memory_rate;
-    const double all = (others + touched * layer * (resident + host)) / rate;
-    const double streamed = (others + touched * layer * resident) / rate +
-                            touched * layer * host / plan.set.gpu.host_rate;
-    plan.decode_slowdown = streamed / all;
+    const double all = (others + touched * layer * static_cast<double>(m.expert_layers)) / rate;
+    // What is streamed is read once more, from where it was staged.
+    plan.decode_transfer_s = touched * layer * host / plan.set.gpu.host_rate;
+    plan.decode_slowdown = (all + plan.decode_transfer_s) / all;
     // Forward, and once for recomputation and gradient together (performance.md 5.2).
     plan.train_transfer_s = 2 * layer * host / plan.set.gpu.host_rate;
 }
@@ -335,15 +336,16 @@ std::string host_text(const PlanModel& m, const GpuPlan& plan) {
         return "it would not fit with every expert in host memory either\n";
     }
     return fmt::format(
-        "or the experts of {} of {} layers in host memory ({:.1f} GiB of it). Prediction from "
-        "{:.0f} GB/s of PCIe a GPU (published), nothing of it measured or built yet: decode steps "
-        "{:.1f} "
-        "times as long, {:.1f} s more for every training batch\n",
+        "or the experts of {} of {} layers in host memory ({:.1f} GiB of it{}). Prediction from "
+        "{:.0f} GB/s of PCIe a GPU (published): {:.0f} ms more for every decode step, {:.1f} times "
+        "its floor, and {:.1f} s more for every training batch\n",
         plan.host_layers,
         m.expert_layers,
         m.expert_bytes() / static_cast<double>(m.expert_layers) *
             static_cast<double>(plan.host_layers) / kGiB,
+        plan.exact ? "; moe.host_layers = -1 does that by itself" : "; several GPUs: not built yet",
         plan.set.gpu.host_rate * 1e-9,
+        1e3 * plan.decode_transfer_s,
         plan.decode_slowdown,
         plan.train_transfer_s
     );

@@ -41,10 +41,12 @@ struct GpuPlan {
     std::vector<LedgerEntry> entries;  // of one GPU
     size_t pinned = 0;                 // of the host for each GPU: layer inputs
     double usable = 0;
-    bool exact = false;           // counted as the engine takes it: one GPU, a family that runs
-    int64_t host_layers = 0;      // layers whose experts would have to be in host memory
-    double decode_slowdown = 1;   // predicted, then
-    double train_transfer_s = 0;  // seconds a training batch adds, then
+    bool exact = false;            // counted as the engine takes it: one GPU, a family that runs
+    int64_t host_layers = 0;       // layers whose experts would have to be in host memory
+    double staged_bytes = 0;       // for the active ones of a layer, then
+    double decode_slowdown = 1;    // predicted from floors, then
+    double decode_transfer_s = 0;  // seconds that a decode step adds, then
+    double train_transfer_s = 0;   // and a training batch
 
     double total() const;
 

@@ -44,6 +44,9 @@ int64_t bytes_named(const MemoryPlan& plan, const std::string& start) {
 
 // What makes one line of the plan smaller.
 std::string remedy(const MemoryPlan& plan, const std::string& name, const Config& c) {
+    if (name == "base" && c.moe.host_layers > 0) {
+        return fmt::format("raise moe.host_layers ({})", c.moe.host_layers);
+    }
     if (name == "base") {
         return c.quantize.empty() ? "set quantize = \"int4\" for a BF16 base, or take a smaller one"
                                   : "take a smaller model";
@@ -52,6 +55,9 @@ std::string remedy(const MemoryPlan& plan, const std::string& name, const Config
         return c.adapter.kind == "lora"
                    ? fmt::format("lower adapter.rank ({})", c.adapter.rank)
                    : fmt::format("lower adapter.block_size ({})", c.adapter.block_size);
+    }
+    if (name.find("experts") != std::string::npos) {
+        return fmt::format("set moe.host_layers = 0 (it is {})", c.moe.host_layers);
     }
     if (name.starts_with("training")) {
         std::string ways =
@@ -99,6 +105,9 @@ MemoryPlan plan_memory(
             plan.add(entry.name, static_cast<int64_t>(entry.bytes));
         }
     }
+    if (m.staged > 0) {
+        plan.add("staged experts", m.staged);
+    }
     int64_t training = 0;
     if (train.tokens > 0) {
         training = training_scratch(m, train);
@@ -127,13 +136,17 @@ MemoryPlan plan_memory(
         plan.add("KV pages", rollout_kv_bytes(m, rollout.engine));
         plan.add(
             "decoding",
-            decode_state_bytes(m, rollout) +
+            decode_state_bytes(m, rollout) - m.staged +
                 decode_scratch(m, rollout.engine.max_batch, rollout.longest, rollout.filter)
         );
+        if (m.staged > 0) {
+            plan.add("staged experts of decoding", m.staged);
+        }
     }
     plan.scratch = static_cast<size_t>(std::max(training, prefill));
     if (plan.scratch > 0) {
-        plan.add(training >= prefill ? "training batch" : "prefill", std::max(training, prefill));
+        const int64_t rest = std::max(training, prefill) - m.staged;
+        plan.add(training >= prefill ? "training batch" : "prefill", rest);
     }
     return plan;
 }
@@ -163,33 +176,107 @@ TrainShape largest_batch(const Config& c, const ModelConfig& model, int64_t long
     return shape;
 }
 
-MemoryPlan plan_run(
-    const Config& c, const Device& device, const Checkpoint& checkpoint, int64_t longest_prompt
+namespace {
+
+MemoryPlan plan_with_host_layers(
+    const Config& c,
+    const Device& device,
+    const Checkpoint& checkpoint,
+    int64_t longest_prompt,
+    int64_t host_layers
 ) {
+    LoadOptions load;
+    load.quantize = c.quantize;
+    const HostExperts host =
+        host_experts(checkpoint.config, placed_formats(checkpoint, load), host_layers);
     ScratchModel m = scratch_model(device, checkpoint.config, c.adapter);
     m.dequant = {c.moe.dequant_bytes, c.moe.dequant_rows};
+    m.staged = host.staged;
     const TrainShape train = largest_batch(c, checkpoint.config, longest_prompt);
     RolloutShape rollout;
     rollout.engine = engine_options(c, longest_prompt);
     rollout.longest_prompt = longest_prompt;
     rollout.longest = train.longest;
     rollout.filter = train.filter;
-    LoadOptions load;
-    load.quantize = c.quantize;
-    return plan_memory(m, base_bytes(checkpoint, load), rollout, train);
+    MemoryPlan plan = plan_memory(m, base_bytes(checkpoint, load) - host.bytes, rollout, train);
+    plan.host_layers = host_layers;
+    if (!device.is_cpu()) {
+        plan.host_experts = static_cast<size_t>(host.bytes);
+    } else if (host.bytes > 0) {  // the same memory
+        plan.add("experts in host memory", host.bytes);
+    }
+    return plan;
 }
+
+}  // namespace
+
+MemoryPlan plan_run(
+    const Config& c,
+    const Device& device,
+    const Checkpoint& checkpoint,
+    int64_t longest_prompt,
+    size_t available
+) {
+    const auto plan_with = [&](int64_t host_layers) {
+        return plan_with_host_layers(c, device, checkpoint, longest_prompt, host_layers);
+    };
+    if (c.moe.host_layers != kHostLayersAuto) {
+        return plan_with(c.moe.host_layers);
+    }
+    MemoryPlan whole = plan_with(0);
+    // The fewest layers that make it fit, by halving.
+    int64_t too_few = 0;
+    int64_t enough = checkpoint.config.num_expert_layers();
+    if (device.is_cpu() || available == 0 || whole.total() <= available || enough == 0) {
+        return whole;
+    }
+    MemoryPlan fits = plan_with(enough);
+    while (enough - too_few > 1) {
+        const int64_t middle = (too_few + enough) / 2;
+        MemoryPlan plan = plan_with(middle);
+        if (plan.total() <= available) {
+            enough = middle;
+            fits = std::move(plan);
+        } else {
+            too_few = middle;
+        }
+    }
+    return fits.total() <= available ? fits : whole;
+}
+
+namespace {
+
+void check_host_fits(const MemoryPlan& plan, const Config& config, size_t available) {
+    const size_t host = plan.pinned + plan.host_experts;
+    std::string ways;
+    if (plan.pinned > 0) {
+        ways = fmt::format(
+            "lower train.tokens_per_batch ({}), or set train.activation_offloading = false",
+            config.train.tokens_per_batch
+        );
+    }
+    if (plan.host_experts > 0) {
+        ways += fmt::format(
+            "{}keep the experts of fewer layers there than {} (moe.host_layers)",
+            ways.empty() ? "" : ", or ",
+            plan.host_layers
+        );
+    }
+    USER_CHECK(
+        host <= available || available == 0,
+        "this run needs {:.1f} MiB of host memory beside the GPU's, {:.1f} MiB are available; {}.",
+        mib(host),
+        mib(available),
+        ways
+    );
+}
+
+}  // namespace
 
 void check_fits(
     const MemoryPlan& plan, const Config& config, size_t available, size_t host_available
 ) {
-    USER_CHECK(
-        plan.pinned <= host_available || host_available == 0,
-        "train.activation_offloading needs {:.1f} MiB of host memory, {:.1f} MiB are available; "
-        "lower train.tokens_per_batch ({}), or set it to false.",
-        mib(plan.pinned),
-        mib(host_available),
-        config.train.tokens_per_batch
-    );
+    check_host_fits(plan, config, host_available);
     if (plan.total() <= available) {
         return;
     }
@@ -237,6 +324,9 @@ std::string plan_text(const MemoryPlan& plan) {
     }
     if (plan.pinned > 0) {
         part("and in pinned host memory layer inputs", plan.pinned);
+    }
+    if (plan.host_experts > 0) {
+        part("and in pinned host memory experts", plan.host_experts);
     }
     return text;
 }

@@ -484,11 +484,12 @@ void upload(Meter& meter, const BatchShape& batch) {
     meter.take(ints * int64_t{sizeof(int32_t)});
 }
 
-// The buffer of experts that are decoded first.
-void decoded_experts(const ScratchModel& m, Meter& meter, int64_t tokens) {
-    const int64_t bytes = dequant_bytes(m.config, m.dequant, tokens);
-    if (bytes > 0) {
-        meter.take(bytes);
+// The buffers of experts that are decoded first, and of those that come from host memory.
+void expert_buffers(const ScratchModel& m, Meter& meter, int64_t tokens) {
+    for (const int64_t bytes : {dequant_bytes(m.config, m.dequant, tokens), m.staged}) {
+        if (bytes > 0) {
+            meter.take(bytes);
+        }
     }
 }
 
@@ -498,7 +499,7 @@ void hidden(const ScratchModel& m, Meter& meter, const BatchShape& batch, bool k
         meter.take(bytes);
     }
     const Scope decoded(meter);
-    decoded_experts(m, meter, batch.tokens);
+    expert_buffers(m, meter, batch.tokens);
     for (int64_t layer = 0; layer < m.config.num_layers; ++layer) {
         const Scope scope(meter);
         Layer(m, meter, batch, layer).forward(false);
@@ -551,7 +552,7 @@ int64_t training_scratch(const ScratchModel& m, const TrainShape& shape) {
     head(m, meter, shape.rows, shape.filter, true);
     meter.take(shape.rows * row_bytes);
     meter.take(shape.tokens * row_bytes);
-    decoded_experts(m, meter, shape.tokens);
+    expert_buffers(m, meter, shape.tokens);
     for (int64_t index = m.config.num_layers - 1; index >= 0; --index) {
         const Scope scope(meter);
         meter.take(shape.tokens * row_bytes);

@@ -21,6 +21,7 @@ struct ScratchModel {
     CpuIsa isa = CpuIsa::kReference;
     int64_t threads = 1;
     DequantOptions dequant;  // of experts
+    int64_t staged = 0;      // bytes for the experts of a layer that stays in host memory
 };
 
 ScratchModel scratch_model(

@@ -8,6 +8,7 @@
 #include "base/file.h"
 #include "base/log.h"
 #include "rl/step.h"
+#include "run/host_experts.h"
 #include "run/memory_plan.h"
 #include "run/run_folder.h"
 
@@ -73,14 +74,15 @@ struct Run {
         const Checkpoint checkpoint = open_checkpoint(c.model);
         model = make_model(device, checkpoint);
         const int64_t longest = longest_prompt();
-        plan = plan_run(c, device, checkpoint, longest);
         available = memory_info(device).available;
+        plan = plan_run(c, device, checkpoint, longest, available);
         if (available > 0) {  // 0: the system does not say
             check_fits(plan, c, available, host_memory_info().available);
         }
         LoadOptions load;
         load.quantize = c.quantize;
         load.dequant = {c.moe.dequant_bytes, c.moe.dequant_rows};
+        load.host_layers = plan.host_layers;
         load_weights(stream, checkpoint, load, *model);
         stream.scratch.reserve(plan.scratch);
         adapter = std::make_unique<AdapterStore>(
@@ -131,6 +133,32 @@ struct Run {
             config.seed};
     }
 };
+
+// Which experts stay in host memory, and what streaming them is going to cost at the rate of this
+// machine's link.
+void print_host_experts(Run& run) {
+    const ModelConfig& config = run.model->config;
+    const auto bytes = static_cast<int64_t>(run.model->host.total_bytes());
+    if (bytes == 0) {
+        return;
+    }
+    const double rate = host_link_rate(run.stream, run.model->staged_bytes);
+    const int64_t batch = run.config.rollout.max_batch;
+    const int64_t tokens = run.config.train.tokens_per_batch;
+    log_line(fmt::format(
+        "the experts of {} of {} layers stay in host memory: {:.1f} MiB, read at {:.1f} GB/s. That "
+        "adds at the most {:.3f} s to a decode step of {} and {:.3f} s to a training batch of {} "
+        "tokens",
+        run.plan.host_layers,
+        config.num_expert_layers(),
+        static_cast<double>(bytes) / (1 << 20),
+        rate * 1e-9,
+        streamed_bytes(config, bytes, batch) / rate,
+        batch,
+        2 * streamed_bytes(config, bytes, tokens) / rate,
+        tokens
+    ));
+}
 
 void print_ledger(const Run& run) {
     const auto mib = [](size_t bytes) { return static_cast<double>(bytes) / (1 << 20); };
@@ -545,6 +573,7 @@ RunResult start_run(const Config& config, std::string path) {
     run.folder = RunFolder::create(path);
     run.folder->write_config(to_toml(config));
     print_ledger(run);
+    print_host_experts(run);
     std::optional<EvalReport> before;
     if (run.questions) {
         before = evaluate_run(run, false);
@@ -582,6 +611,7 @@ RunResult resume_run(const std::string& path) {
     restore_checkpoint(run, *checkpoint);
     run.folder->truncate_after(run.step);
     print_ledger(run);
+    print_host_experts(run);
     log_line(fmt::format("going on after step {} of {}", run.step, config.train.steps));
     return run_steps(run, std::nullopt);
 }

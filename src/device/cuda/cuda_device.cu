@@ -59,6 +59,7 @@ void free(int ordinal, void* pointer) {
     CUDA_CHECK(cudaFree(pointer));
 }
 
+// With unified addressing, which every GPU of ours has, kernels read it at the host's address.
 void* allocate_host(int ordinal, size_t bytes) {
     CUDA_CHECK(cudaSetDevice(ordinal));
     void* pointer = nullptr;
@@ -67,7 +68,7 @@ void* allocate_host(int ordinal, size_t bytes) {
         (void)cudaGetLastError();
         throw UserError(fmt::format(
             "this machine did not give {:.1f} MiB of pinned host memory; end other programs, or "
-            "keep less there (train.activation_offloading, train.tokens_per_batch).",
+            "keep less there (moe.host_layers, train.activation_offloading).",
             static_cast<double>(bytes) / (1024.0 * 1024.0)
         ));
     }

@@ -7,10 +7,10 @@ namespace orbit {
 Tensor qwen3_moe_layer(
     Pass& pass, const LayerWeights& w, KvView pages, Tensor x_TD, Tensor out_TD
 ) {
-    const MoeWeights& moe = *w.moe;
     const Tensor h_TD = llama_attention(pass, w, pages, x_TD);
     const Tensor m_TD = pass.rms_norm(h_TD, w.post_attention_norm);
-    const Routing routing = pass.route(m_TD, moe);
+    const Routing routing = pass.route(m_TD, *w.moe);
+    const MoeWeights& moe = pass.experts_on_device(routing, *w.moe);
     const Tensor m_RD = pass.dispatch(routing, m_TD);
     const Tensor gate_RI = pass.grouped_linear(routing, m_RD, moe.gate);
     const Tensor up_RI = pass.grouped_linear(routing, m_RD, moe.up);
