@@ -307,19 +307,26 @@ void linear_group(Stream& stream, std::span<const LinearParams> params, std::spa
             a.epilogue.lora_scale = p.adapter.lora_scale;
         }
     }
+    const bool few = shrinks.count > 0 && y[0].rows() <= kNarrowMaxRows;
     if (shrinks.count > 0) {
+        for (int32_t i = 0; i < shrinks.count; ++i) {
+            shrinks.args[i].releases_late = few;
+        }
         matmul_group(queue_of(stream), WeightFormat::kBF16, Direction::kForward, shrinks);
     }
+    bool x_is_ready = few;  // for the launch that follows the shrinking one
     bool done[kMaxGroup] = {};
     for (size_t i = 0; i < params.size(); ++i) {
         MatmulGroup alike;
         for (size_t j = i; j < params.size(); ++j) {
             if (!done[j] && params[j].w.format == params[i].w.format) {
                 done[j] = true;
+                products[j].x_is_ready = x_is_ready;
                 alike.args[alike.count++] = products[j];
             }
         }
         if (alike.count > 0) {
+            x_is_ready = false;
             matmul_group(queue_of(stream), params[i].w.format, Direction::kForward, alike);
         }
     }

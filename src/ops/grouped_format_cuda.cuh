@@ -10,12 +10,25 @@ namespace orbit::cuda {
 
 constexpr int kGroupedDecodeWarps = 4;
 
-// Up to 16 rows of an expert; a warp takes eight rows of its weight.
+template <WeightFormat kFormat, int kTiles>
+__device__ __forceinline__ void decode_expert(
+    const MatmulArgs& a, WeightStream<kFormat, kDecodeStages>& stream, int32_t row0
+) {
+    float acc[kTiles][4] = {};
+    LoraOperands<kTiles> lora = {};
+    if (a.epilogue.lora_u != nullptr) {
+        lora.load_b(a, row0, 0);
+        lora.load_u(a, 0);
+    }
+    multiply_segment(a, stream, 0, a.k, acc);
+    store_decode(a, acc, lora, row0);
+}
+
+// Up to 16 rows of an expert; a warp takes 16 rows of its weight.
 template <WeightFormat kFormat>
 __global__ void __launch_bounds__(32 * kGroupedDecodeWarps)
     grouped_decode_kernel(const __grid_constant__ GroupedArgs g, int32_t blocks_n) {
     extern __shared__ __align__(1024) char shared[];
-    using Layout = DecodeLayout<kFormat>;
     release_successor();
     wait_for_predecessor();
     const auto block = static_cast<int32_t>(blockIdx.x);
@@ -31,18 +44,17 @@ __global__ void __launch_bounds__(32 * kGroupedDecodeWarps)
     if (row0 >= a.epilogue.columns) {
         return;
     }
-    WeightStream<kFormat> stream(a.w, row0, 0, a.k, shared + warp * Layout::kRingBytes);
+    WeightStream<kFormat, kDecodeStages>
+        stream(a.w, row0, 0, a.k, shared + warp * kRingBytes<kFormat, kDecodeStages>);
 #pragma unroll 1
     for (int c = 0; c < kDecodeStages - 1; ++c) {
         stream.issue(a, 0, a.k);
     }
-    float acc[4] = {};
     if (a.m <= 8) {
-        multiply_segment<kFormat, false>(a, stream, 0, a.k, acc);
+        decode_expert<kFormat, 1>(a, stream, row0);
     } else {
-        multiply_segment<kFormat, true>(a, stream, 0, a.k, acc);
+        decode_expert<kFormat, 2>(a, stream, row0);
     }
-    store_decode(a, acc, row0);
 }
 
 template <typename Shape, WeightFormat kFormat, bool kBackward>
@@ -98,6 +110,32 @@ __global__ void __launch_bounds__(32)
 constexpr int kUnpackThreads = 256;
 constexpr int kUnpackPerThread = 8;
 
+// Eight neighbouring columns, or of a block of 4-bit codes those of word `eight % 4`.
+template <WeightFormat kFormat>
+__device__ __forceinline__ void decode_eight(
+    const WeightView& w, int32_t row, int32_t eight, bf16* out
+) {
+    const auto* words = reinterpret_cast<const uint32_t*>(w.data + row * w.row_bytes);
+    const int32_t block_column = eight / 4 * 32;
+    const uint8_t* scale_at = scale_row<kFormat>(w, row) + scale_offset<kFormat>(w, block_column);
+    const uint32_t scale = __ldg(reinterpret_cast<const ScaleWord<kFormat>*>(scale_at));
+    if constexpr (kFormat == WeightFormat::kFp8) {
+        const PairScale<kFormat> s(w, scale, 0);
+        const uint32_t low = __ldg(words + 2 * eight);
+        const uint32_t high = __ldg(words + 2 * eight + 1);
+        *reinterpret_cast<uint4*>(out + 8 * eight) = uint4{
+            s.pair(low & 0xffffu), s.pair(low >> 16), s.pair(high & 0xffffu), s.pair(high >> 16)};
+    } else {
+        uint32_t pair[4];
+        decode_word<kFormat>(w, __ldg(words + eight), scale, pair);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            bf16* at = out + block_column + 8 * i + 2 * (eight % 4);
+            *reinterpret_cast<uint32_t*>(at) = pair[i];
+        }
+    }
+}
+
 template <WeightFormat kFormat>
 __global__ void __launch_bounds__(kUnpackThreads)
     decode_experts_kernel(const __grid_constant__ GroupedArgs g, int32_t first, bf16* to) {
@@ -108,10 +146,9 @@ __global__ void __launch_bounds__(kUnpackThreads)
         return;
     }
     const WeightView w = args_of_expert(g, expert, 0).w;
-    constexpr int kWords = kFormat == WeightFormat::kFp8 ? 2 : 1;  // of eight columns
     const int32_t row_eights = w.cols / 8;
     const int32_t eights = w.rows * row_eights;
-    auto* out = reinterpret_cast<uint4*>(to) + static_cast<int64_t>(blockIdx.y) * eights;
+    bf16* out = to + static_cast<int64_t>(blockIdx.y) * eights * 8;
     const int32_t begin = static_cast<int32_t>(blockIdx.x) * kUnpackThreads * kUnpackPerThread;
 #pragma unroll
     for (int i = 0; i < kUnpackPerThread; ++i) {
@@ -120,19 +157,7 @@ __global__ void __launch_bounds__(kUnpackThreads)
             return;
         }
         const int32_t row = at / row_eights;
-        const int32_t col = at % row_eights * 8;
-        const auto* from =
-            reinterpret_cast<const uint32_t*>(w.data + row * w.row_bytes) + col / 8 * kWords;
-        uint32_t words[kWords];
-#pragma unroll
-        for (int j = 0; j < kWords; ++j) {
-            words[j] = __ldg(from + j);
-        }
-        const uint8_t* scale_at = scale_row<kFormat>(w, row) + scale_offset<kFormat>(w, col & ~31);
-        const uint32_t scale = __ldg(reinterpret_cast<const ScaleWord<kFormat>*>(scale_at));
-        uint32_t pairs[4];
-        decode_eight<kFormat>(PairScale<kFormat>(w, scale, (col >> 4) & 1), words, pairs);
-        out[at] = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+        decode_eight<kFormat>(w, row, at % row_eights, out + static_cast<int64_t>(row) * w.cols);
     }
 }
 
@@ -197,7 +222,7 @@ void launch_best_grouped(cudaStream_t queue, const GroupedArgs& g) {
     if constexpr (!kBackward) {
         if (rows_per_expert <= kDecodeMaxRows) {
             constexpr size_t kShared =
-                size_t{kGroupedDecodeWarps} * DecodeLayout<kFormat>::kRingBytes;
+                size_t{kGroupedDecodeWarps} * kRingBytes<kFormat, kDecodeStages>;
             launch_grouped(
                 queue,
                 g,

@@ -36,8 +36,15 @@ struct MatmulArgs {
     int32_t n = 0;
     int32_t k = 0;        // the contraction
     int32_t segment = 0;  // its length cut into segments of this many
+    // LoRA's u = x A^T runs just before the product that adds u B^T, and both read x. Where the
+    // first lets its successor start only once x is there (releases_late), the second need not wait
+    // before its epilogue (x_is_ready). Up to kNarrowMaxRows rows; a member may ignore x_is_ready.
+    bool releases_late = false;
+    bool x_is_ready = false;
     Epilogue epilogue;
 };
+
+constexpr int32_t kNarrowMaxRows = 64;  // of x, in the members for few rows
 
 // Products of one launch (q, k and v; gate and up; parts of one contraction), of one format and m.
 constexpr int kMaxGroup = 8;

@@ -1,20 +1,19 @@
-// Member D: up to 16 rows of x. A warp owns eight rows of the weight (the N side of the
-// instruction; x, padded to 16 rows, is the M side) and one segment of the contraction. It streams
-// the packed bytes through its own cp.async ring, deep enough that the memory's latency is paid
-// once.
-//
-// Inside a k16 step the columns are permuted: lane q of a quad takes columns 4q..4q+3, for both
-// operands. A step has no inner order, so this is neutral (performance.md 3.1, item 3).
+// Member D: up to 16 rows of x. A warp owns 16 rows of the weight (the M side of the instruction;
+// x, padded to tiles of eight rows, is the N side: exchanging the operands leaves every bit) and
+// one segment of the contraction. It streams the packed bytes through its own cp.async ring, deep
+// enough that the memory's latency is paid once.
 #pragma once
 
 #include "device/cuda/check.cuh"
 #include "ops/matmul_cuda.cuh"
+#include "ops/matmul_tile_cuda.cuh"
 
 namespace orbit::cuda {
 
 constexpr int32_t kDecodeMaxRows = 16;  // of x
-constexpr int kDecodeStages = 8;
-constexpr int kDecodeRows = 8;  // weight rows of a warp
+constexpr int kDecodeStages = 6;
+constexpr int kDeepStages = 16;
+constexpr int kDecodeRows = 16;  // weight rows of a warp
 
 template <WeightFormat kFormat>
 struct DecodeLayout {
@@ -30,53 +29,32 @@ struct DecodeLayout {
     // 16-byte granules that cover them, wherever a row starts inside a granule.
     static constexpr int kGranules = kAligned ? kBytes / 16 : (kBytes + 14 + 15) / 16;
     static constexpr int kPerLane = (kDecodeRows * kGranules + 31) / 32;
-    static constexpr int kStride = kFormat == WeightFormat::kBF16 ? 160
-                                   : kScalesApart<kFormat>        ? 144
-                                                                  : kGranules * 16;
+    // Rows of 128 bytes have their granules permuted (swizzled()), so that a column of them lies in
+    // different banks; rows of GGUF blocks are read in 16-bit words, wherever these lie.
+    static constexpr int kStride = kGranules * 16;
+    static_assert(!kAligned || kStride == 128);
     // Scales travel through the ring too, but for kFp8: one of them serves many rows.
     static constexpr bool kScalesInRing = kScalesApart<kFormat> && kFormat != WeightFormat::kFp8;
     static constexpr int kScaleStride = kScalesInRing ? 32 : 0;
     static constexpr int kStageBytes = kDecodeRows * (kStride + kScaleStride);
-    static constexpr int kRingBytes = kDecodeStages * kStageBytes;
 };
+
+template <WeightFormat kFormat, int kStages>
+constexpr int kRingBytes = kStages * DecodeLayout<kFormat>::kStageBytes;
 
 __device__ __forceinline__ uint32_t read_u16(const char* at) {
     return *reinterpret_cast<const uint16_t*>(at);
 }
 
-// One row's 32 columns as four pairs: columns 4q, 4q + 1 and 4q + 2, 4q + 3 of the first 16, then
-// of the second 16. `block` points at the block in shared memory; `scale`: a ScaleWord.
+// A GGUF block's 32 columns of one row as a lane of a quad takes them: pair i is columns 2q + 8i,
+// 2q + 8i + 1. `block`: in shared memory.
 template <WeightFormat kFormat>
-__device__ __forceinline__ void decode_quad(
-    const WeightView& w, const char* block, uint32_t scale, int q, uint32_t (&pair)[4]
-) {
-    if constexpr (kFormat == WeightFormat::kBF16) {
-        const auto low = *reinterpret_cast<const uint2*>(block + 8 * q);
-        const auto high = *reinterpret_cast<const uint2*>(block + 32 + 8 * q);
-        pair[0] = low.x;
-        pair[1] = low.y;
-        pair[2] = high.x;
-        pair[3] = high.y;
-    } else if constexpr (kScalesApart<kFormat>) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const PairScale<kFormat> s(w, scale, half);
-            if constexpr (kFormat == WeightFormat::kFp8) {
-                const auto codes = *reinterpret_cast<const uint32_t*>(block + 16 * half + 4 * q);
-                pair[2 * half] = s.pair(codes & 0xffffu);
-                pair[2 * half + 1] = s.pair(codes >> 16);
-            } else {
-                uint32_t nibbles = read_u16(block + 8 * half + 2 * q);
-                nibbles |= nibbles << 12;
-                pair[2 * half] = s.pair(nibbles);
-                pair[2 * half + 1] = s.pair(nibbles >> 8);
-            }
-        }
-    } else if constexpr (kFormat == WeightFormat::kQ8_0) {
+__device__ __forceinline__ void decode_quad(const char* block, int q, uint32_t (&pair)[4]) {
+    if constexpr (kFormat == WeightFormat::kQ8_0) {
         const float d = half_bits_to_float(read_u16(block));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const uint32_t two = read_u16(block + 2 + 16 * (i / 2) + 4 * q + 2 * (i & 1));
+            const uint32_t two = read_u16(block + 2 + 8 * i + 2 * q);
             pair[i] = pack_bf16(
                 __fmul_rn(d, static_cast<float>(static_cast<int8_t>(two))),
                 __fmul_rn(d, static_cast<float>(static_cast<int8_t>(two >> 8)))
@@ -87,8 +65,9 @@ __device__ __forceinline__ void decode_quad(
         constexpr int kQuants = kOffset ? 4 : 2;
         const float d = half_bits_to_float(read_u16(block));
         const float m = kOffset ? half_bits_to_float(read_u16(block + 2)) : 0.0f;
+        // Byte j: columns j and 16 + j.
         const uint32_t bytes =
-            read_u16(block + kQuants + 4 * q) | (read_u16(block + kQuants + 4 * q + 2) << 16);
+            read_u16(block + kQuants + 2 * q) | (read_u16(block + kQuants + 2 * q + 8) << 16);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float v[2];
@@ -103,9 +82,9 @@ __device__ __forceinline__ void decode_quad(
     }
 }
 
-// A warp's stream of weight bytes: eight rows, columns [k_begin, k_end). A lane keeps the addresses
+// A warp's stream of weight bytes: 16 rows, columns [k_begin, k_end). A lane keeps the addresses
 // of the granules it copies; rows past the end repeat the last one.
-template <WeightFormat kFormat>
+template <WeightFormat kFormat, int kStages>
 struct WeightStream {
     using Layout = DecodeLayout<kFormat>;
     const char* from[Layout::kPerLane];
@@ -113,9 +92,10 @@ struct WeightStream {
     int32_t to[Layout::kPerLane];    // offset in a stage; -1: no granule
     char* ring;                      // of this warp
     int32_t chunk = 0;               // the next to copy
-    int32_t shift;                   // where the lane's row (g) starts inside a granule
+    int32_t shift[2];                // where the lane's rows (g, g + 8) start inside a granule
     const char* scales;              // with scales apart: of row lane / 2 (copied)
-    const char* lane_scales;         // of row g (read)
+    const char* lane_scales[2];      // of rows g, g + 8 (read)
+    bool scales_pair = false;        // those of two neighbouring blocks can be read in one
 
     __device__ __forceinline__
     WeightStream(const WeightView& w, int32_t row0, int32_t k_begin, int32_t k_end, char* warp_ring)
@@ -140,28 +120,45 @@ struct WeightStream {
             const int into = static_cast<int>(reinterpret_cast<uintptr_t>(at) & 15);
             from[i] = at - into + granule * 16;
             left[i] = bytes + into - granule * 16;
-            to[i] = exists ? row * Layout::kStride + granule * 16 : -1;
+            const int place = Layout::kAligned ? static_cast<int>(swizzled(row, granule))
+                                               : row * Layout::kStride + granule * 16;
+            to[i] = exists ? place : -1;
         }
-        shift = static_cast<int>(reinterpret_cast<uintptr_t>(row_at(lane >> 2)) & 15);
         scales = nullptr;
-        lane_scales = nullptr;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const char* at = row_at((lane >> 2) + 8 * i);
+            shift[i] =
+                Layout::kAligned ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(at) & 15);
+            lane_scales[i] = nullptr;
+        }
         if constexpr (kScalesApart<kFormat>) {
             const auto scales_at = [&](int row) {
                 return reinterpret_cast<const char*>(
                     scale_row<kFormat>(w, min(row0 + row, w.rows - 1))
                 );
             };
-            scales = scales_at((lane >> 1) & 7);
-            lane_scales = scales_at(lane >> 2);
+            scales = scales_at(lane >> 1);
+            constexpr int kPair = 2 * sizeof(ScaleWord<kFormat>);
+            const auto places =
+                reinterpret_cast<uintptr_t>(w.scales) | static_cast<uintptr_t>(w.scale_stride);
+            scales_pair =
+                places % kPair == 0 && (kFormat != WeightFormat::kInt4 || w.group_shift == 5);
+            lane_scales[0] = scales_at(lane >> 2);
+            lane_scales[1] = scales_at((lane >> 2) + 8);
         }
     }
 
-    // Copies the next chunk; nothing past the segment's end.
     __device__ __forceinline__ void issue(const MatmulArgs& a, int32_t k_begin, int32_t k_end) {
+        copy_next(a, k_begin, k_end);
+        copy_async_commit();
+    }
+
+    // Copies the next chunk; nothing past the segment's end.
+    __device__ __forceinline__ void copy_next(const MatmulArgs& a, int32_t k_begin, int32_t k_end) {
         const int32_t k = k_begin + chunk * Layout::kChunk;
         if (k < k_end) {
-            const uint32_t stage =
-                shared_address(ring + chunk % kDecodeStages * Layout::kStageBytes);
+            const uint32_t stage = shared_address(ring + chunk % kStages * Layout::kStageBytes);
 #pragma unroll
             for (int i = 0; i < Layout::kPerLane; ++i) {
                 if (kDecodeRows * Layout::kGranules % 32 == 0 || to[i] >= 0) {
@@ -171,150 +168,298 @@ struct WeightStream {
                 left[i] -= Layout::kBytes;
             }
             if constexpr (Layout::kScalesInRing) {
+                static_assert(2 * kDecodeRows == 32);  // two granules a row
                 const int lane = threadIdx.x & 31;
-                if (lane < 2 * kDecodeRows) {
-                    const int32_t last = min(k + Layout::kChunk, k_end) - 1;
-                    const char* first_byte = scales + scale_offset<kFormat>(a.w, k);
-                    const char* end =
-                        scales + scale_offset<kFormat>(a.w, last) + kScaleBytes<kFormat>;
-                    const char* at = first_byte - (reinterpret_cast<uintptr_t>(first_byte) & 15) +
-                                     (lane & 1) * 16;
-                    copy_async_16(
-                        stage + kDecodeRows * Layout::kStride + (lane >> 1) * Layout::kScaleStride +
-                            (lane & 1) * 16,
-                        at,
-                        at < end
-                    );
-                }
+                const int32_t last = min(k + Layout::kChunk, k_end) - 1;
+                const char* first_byte = scales + scale_offset<kFormat>(a.w, k);
+                const char* end = scales + scale_offset<kFormat>(a.w, last) + kScaleBytes<kFormat>;
+                const char* at =
+                    first_byte - (reinterpret_cast<uintptr_t>(first_byte) & 15) + (lane & 1) * 16;
+                copy_async_16(
+                    stage + kDecodeRows * Layout::kStride + (lane >> 1) * Layout::kScaleStride +
+                        (lane & 1) * 16,
+                    at,
+                    at < end
+                );
             }
         }
         ++chunk;
-        copy_async_commit();
     }
 };
 
-// The lane's x values of 64 columns: rows g and (kTall) g + 8, two pairs for each k16 step.
-template <bool kTall>
-struct QuadX {
-    uint2 low[4];
-    uint2 high[kTall ? 4 : 1];
+// The lane's x values of 64 columns: row g of each tile, and for each k16 step columns 2q, 2q + 1
+// and 2q + 8, 2q + 9.
+template <int kTiles>
+struct LaneX {
+    uint32_t value[kTiles][4][2];
 
-    // `row_low`, `row_high`: at this lane's columns. `left`: columns of the segment from here on.
-    __device__ __forceinline__ void load(const bf16* row_low, const bf16* row_high, int32_t left) {
-        const int32_t own = left - 4 * static_cast<int32_t>(threadIdx.x & 3);
+    // `row`: at this lane's columns. `left`: columns of the segment from here on.
+    __device__ __forceinline__ void load(
+        const bf16* const (&row)[kTiles], int32_t at, int32_t left
+    ) {
+        if (left >= 64) {
 #pragma unroll
-        for (int step = 0; step < 4; ++step) {
-            const bool inside = 16 * step < own;
-            low[step] = inside ? *reinterpret_cast<const uint2*>(row_low + 16 * step) : uint2{0, 0};
-            if constexpr (kTall) {
-                high[step] =
-                    inside ? *reinterpret_cast<const uint2*>(row_high + 16 * step) : uint2{0, 0};
+            for (int t = 0; t < kTiles; ++t) {
+                const auto* from = reinterpret_cast<const uint32_t*>(row[t] + at);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    value[t][i / 2][i % 2] = from[4 * i];
+                }
+            }
+            return;
+        }
+        const int32_t own = left - 2 * static_cast<int32_t>(threadIdx.x & 3);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+            const auto* from = reinterpret_cast<const uint32_t*>(row[t] + at);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                value[t][i / 2][i % 2] = 8 * i < own ? from[4 * i] : 0u;
             }
         }
     }
 };
 
-template <WeightFormat kFormat, bool kTall>
+// One chunk of a warp's rows in shared memory, as one lane reads it.
+template <WeightFormat kFormat, int kStages>
+struct ChunkRows {
+    using Layout = DecodeLayout<kFormat>;
+    const char* stage;
+    const char* row[2];     // rows g and g + 8
+    const char* scales[2];  // theirs, where they are in the ring
+    const WeightStream<kFormat, kStages>* stream;
+    int32_t k0;
+
+    __device__ __forceinline__
+    ChunkRows(const MatmulArgs& a, const WeightStream<kFormat, kStages>& from, int32_t c, int32_t k)
+        : stage(from.ring + c % kStages * Layout::kStageBytes), stream(&from), k0(k) {
+        const int g = (threadIdx.x & 31) >> 2;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            row[i] = stage + (g + 8 * i) * Layout::kStride + from.shift[i];
+            if constexpr (Layout::kScalesInRing) {
+                const char* first = from.lane_scales[i] + scale_offset<kFormat>(a.w, k0);
+                scales[i] = stage + kDecodeRows * Layout::kStride +
+                            (g + 8 * i) * Layout::kScaleStride +
+                            (reinterpret_cast<uintptr_t>(first) & 15);
+            }
+        }
+    }
+
+    // The scale of 32 columns of row i, a ScaleWord.
+    __device__ __forceinline__ uint32_t scale(const MatmulArgs& a, int i, int b) const {
+        const int32_t k = k0 + 32 * b;
+        if constexpr (Layout::kScalesInRing) {
+            const int32_t at = scale_offset<kFormat>(a.w, k) - scale_offset<kFormat>(a.w, k0);
+            return *reinterpret_cast<const ScaleWord<kFormat>*>(scales[i] + at);
+        } else if constexpr (kScalesApart<kFormat>) {
+            const char* at = stream->lane_scales[i] + scale_offset<kFormat>(a.w, k);
+            return __ldg(reinterpret_cast<const uint32_t*>(at));
+        }
+        return 0;
+    }
+
+    // Those of row i's blocks b and b + 1, b even; in one load where they lie side by side.
+    __device__ __forceinline__ void two_scales(
+        const MatmulArgs& a, int i, int b, uint32_t (&word)[2]
+    ) const {
+        if constexpr (Layout::kScalesInRing) {
+            constexpr int kBytes = sizeof(ScaleWord<kFormat>);
+            if (stream->scales_pair) {
+                using Two = std::conditional_t<kBytes == 1, uint16_t, uint32_t>;
+                const uint32_t two = *reinterpret_cast<const Two*>(scales[i] + b * kBytes);
+                word[0] = two & (kBytes == 1 ? 0xffu : 0xffffu);
+                word[1] = two >> (8 * kBytes);
+                return;
+            }
+        }
+        word[0] = scale(a, i, b);
+        word[1] = kFormat == WeightFormat::kFp8 ? word[0] : scale(a, i, b + 1);
+    }
+
+    // Blocks b and b + 1 of the chunk (b even), 32 columns each: the M side of four k16 steps.
+    __device__ __forceinline__ void fragments(const MatmulArgs& a, int b, uint32_t (&w)[4][4])
+        const {
+        const int lane = threadIdx.x & 31;
+        if constexpr (kFormat == WeightFormat::kBF16) {
+            static_assert(Layout::kChunk == 64);  // b is 0
+#pragma unroll
+            for (int step = 0; step < 4; ++step) {
+                const uint32_t from =
+                    shared_address(stage) + swizzled(lane & 15, 2 * step + (lane >> 4));
+                ldmatrix_x4(w[step][0], w[step][1], w[step][2], w[step][3], from);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                uint32_t words[2] = {};
+                if constexpr (kScalesApart<kFormat>) {
+                    two_scales(a, i, b, words);
+                }
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    uint32_t pair[4];
+                    decode_block(a.w, i, b + j, words[j], pair);
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) {
+                        w[2 * j + c / 2][i + 2 * (c % 2)] = pair[c];
+                    }
+                }
+            }
+        }
+    }
+
+    // Block b of row i: pair c is columns 2q + 8c, 2q + 8c + 1. `scale_word`: its ScaleWord.
+    __device__ __forceinline__ void decode_block(
+        const WeightView& w, int i, int b, uint32_t scale_word, uint32_t (&pair)[4]
+    ) const {
+        const int lane = threadIdx.x & 31;
+        const int q = lane & 3;
+        const auto granule = [&](int index) { return row[i] + ((index ^ ((lane >> 2) & 7)) << 4); };
+        if constexpr (kFormat == WeightFormat::kFp8) {
+            const PairScale<kFormat> s(w, scale_word, 0);
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                pair[c] = s.pair(read_u16(granule(2 * b + c / 2) + 8 * (c % 2) + 2 * q));
+            }
+        } else if constexpr (kScalesApart<kFormat>) {
+            const auto word = *reinterpret_cast<const uint32_t*>(granule(b) + 4 * q);
+            decode_word<kFormat>(w, word, scale_word, pair);
+        } else {
+            decode_quad<kFormat>(row[i] + b * Layout::kBlock, q, pair);
+        }
+    }
+};
+
+template <WeightFormat kFormat, int kStages, int kTiles>
 __device__ __forceinline__ void multiply_segment(
     const MatmulArgs& a,
-    WeightStream<kFormat>& stream,
+    WeightStream<kFormat, kStages>& stream,
     int32_t k_begin,
     int32_t k_end,
-    float (&acc)[4]
+    float (&acc)[kTiles][4]
 ) {
     using Layout = DecodeLayout<kFormat>;
     const int lane = threadIdx.x & 31;
-    const int g = lane >> 2;
-    const int q = lane & 3;
     // Rows past the end repeat the last one; what they give is not stored.
-    const bf16* row_low = a.x + min(g, a.m - 1) * a.ldx + k_begin + 4 * q;
-    const bf16* row_high = a.x + min(g + 8, a.m - 1) * a.ldx + k_begin + 4 * q;
-    const auto load = [&](QuadX<kTall>& x, int32_t k) {
-        x.load(row_low + (k - k_begin), row_high + (k - k_begin), k_end - k);
+    const bf16* x_row[kTiles];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+        x_row[t] = a.x + min((lane >> 2) + 8 * t, a.m - 1) * a.ldx + 2 * (lane & 3);
+    }
+    LaneX<kTiles> next;
+    LaneX<kTiles> after;
+    next.load(x_row, k_begin, k_end - k_begin);
+    after.load(x_row, k_begin + 64, k_end - k_begin - 64);
+    using Rows = ChunkRows<kFormat, kStages>;
+    // What lies past the segment's end is not multiplied: its scales may be anything.
+    const auto multiply_64 = [&](const Rows& rows, int sub, int steps) {
+        const int32_t k = rows.k0 + sub * 64;
+        const LaneX<kTiles> x = next;
+        next = after;
+        after.load(x_row, k + 128, k_end - k - 128);
+        uint32_t w[4][4];
+        rows.fragments(a, 2 * sub, w);
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+            if (step < steps) {
+#pragma unroll
+                for (int t = 0; t < kTiles; ++t) {
+                    mma_16816(acc[t], w[step], x.value[t][step][0], x.value[t][step][1]);
+                }
+            }
+        }
     };
-    QuadX<kTall> next;
-    QuadX<kTall> after;
-    load(next, k_begin);
-    load(after, k_begin + 64);
     const int32_t chunks = (k_end - k_begin + Layout::kChunk - 1) / Layout::kChunk;
 #pragma unroll 1
     for (int32_t c = 0; c < chunks; ++c) {
-        copy_async_wait<kDecodeStages - 2>();
+        copy_async_wait<kStages - 2>();
         __syncwarp();  // Every lane's bytes are there, and every lane left the stage of c - 1.
         stream.issue(a, k_begin, k_end);
-        const int32_t k0 = k_begin + c * Layout::kChunk;
-        const char* stage = stream.ring + c % kDecodeStages * Layout::kStageBytes;
-        const char* row = stage + g * Layout::kStride + stream.shift;
-        const char* scale_row = nullptr;
-        if constexpr (Layout::kScalesInRing) {
-            const char* first = stream.lane_scales + scale_offset<kFormat>(a.w, k0);
-            scale_row = stage + kDecodeRows * Layout::kStride + g * Layout::kScaleStride +
-                        (reinterpret_cast<uintptr_t>(first) & 15);
-        }
+        const Rows rows(a, stream, c, k_begin + c * Layout::kChunk);
+        if (rows.k0 + Layout::kChunk <= k_end) {
 #pragma unroll
-        for (int sub = 0; sub < Layout::kChunk / 64; ++sub) {
-            const int32_t k = k0 + sub * 64;
-            if (k >= k_end) {
-                break;
+            for (int sub = 0; sub < Layout::kChunk / 64; ++sub) {
+                multiply_64(rows, sub, 4);
             }
-            const QuadX<kTall> x = next;
-            next = after;
-            load(after, k + 128);
-#pragma unroll
-            for (int b = 0; b < 2; ++b) {
-                if (k + 32 * b >= k_end) {
-                    break;
-                }
-                uint32_t scale = 0;
-                if constexpr (Layout::kScalesInRing) {
-                    const int32_t at =
-                        scale_offset<kFormat>(a.w, k + 32 * b) - scale_offset<kFormat>(a.w, k0);
-                    scale = *reinterpret_cast<const ScaleWord<kFormat>*>(scale_row + at);
-                } else if constexpr (kScalesApart<kFormat>) {
-                    scale = __ldg(reinterpret_cast<const uint32_t*>(
-                        stream.lane_scales + scale_offset<kFormat>(a.w, k)
-                    ));
-                }
-                uint32_t pair[4];
-                decode_quad<kFormat>(a.w, row + (2 * sub + b) * Layout::kBlock, scale, q, pair);
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int step = 2 * b + half;
-                    const uint32_t m[4] = {
-                        x.low[step].x,
-                        kTall ? x.high[kTall ? step : 0].x : 0u,
-                        x.low[step].y,
-                        kTall ? x.high[kTall ? step : 0].y : 0u};
-                    mma_16816(acc, m, pair[2 * half], pair[2 * half + 1]);
-                }
+        } else {
+#pragma unroll 1
+            for (int sub = 0; rows.k0 + sub * 64 < k_end; ++sub) {
+                multiply_64(rows, sub, (min(k_end - rows.k0 - sub * 64, 64) + 15) / 16);
             }
         }
     }
 }
 
+// Rows g of u's tiles and rows g, g + 8 of lora_b: 16 of the rank.
+template <int kTiles>
+struct LoraOperands {
+    uint32_t b[4];
+    uint32_t u[kTiles][2];
+
+    __device__ __forceinline__ void load_b(const MatmulArgs& a, int32_t row0, int32_t k) {
+        const int lane = threadIdx.x & 31;
+        const int32_t row = row0 + (lane >> 2);
+        const int32_t at = k + 2 * (lane & 3);
+        b[0] = lora_b_pair<false>(a.epilogue, row, a.n, at);
+        b[1] = lora_b_pair<false>(a.epilogue, row + 8, a.n, at);
+        b[2] = lora_b_pair<false>(a.epilogue, row, a.n, at + 8);
+        b[3] = lora_b_pair<false>(a.epilogue, row + 8, a.n, at + 8);
+    }
+
+    __device__ __forceinline__ void load_u(const MatmulArgs& a, int32_t k) {
+        const int lane = threadIdx.x & 31;
+        const Epilogue& e = a.epilogue;
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+            const int64_t row = min((lane >> 2) + 8 * t, a.m - 1);
+            const bf16* from = e.lora_u + row * e.ldu + k + 2 * (lane & 3);
+            u[t][0] = *reinterpret_cast<const uint32_t*>(from);
+            u[t][1] = *reinterpret_cast<const uint32_t*>(from + 8);
+        }
+    }
+};
+
+// `first`: the rank's first 16, loaded ahead.
+template <int kTiles>
 __device__ __forceinline__ void store_decode(
-    const MatmulArgs& a, const float (&acc)[4], int32_t row0
+    const MatmulArgs& a,
+    const float (&acc)[kTiles][4],
+    const LoraOperands<kTiles>& first,
+    int32_t row0
 ) {
     const int lane = threadIdx.x & 31;
-    const int32_t m = lane >> 2;
     const Epilogue& e = a.epilogue;
-    float lora[4] = {};
+    float lora[kTiles][4] = {};
     if (e.lora_u != nullptr) {
-        uint32_t u[4];
-        lora_u_fragment(u, e, m, a.m, 0);
-        lora_fragment<false>(lora, e, u, m, a.m, row0, a.n);
+        LoraOperands<kTiles> operands = first;
+        for (int32_t k = 16;; k += 16) {
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t) {
+                mma_16816(lora[t], operands.b, operands.u[t][0], operands.u[t][1]);
+            }
+            if (k >= e.ldu) {
+                break;
+            }
+            operands.load_b(a, row0, k);
+            operands.load_u(a, k);
+        }
     }
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-        const int32_t row = m + 8 * (c >> 1);
-        if (row < a.m) {
-            finish_one(e, add_lora(e, acc[c], lora[c]), row, row0 + 2 * (lane & 3) + (c & 1), a.n);
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const int32_t m = 8 * t + 2 * (lane & 3) + (c & 1);
+            if (m < a.m) {
+                const int32_t n = row0 + (lane >> 2) + 8 * (c >> 1);
+                finish_one(e, add_lora(e, acc[t][c], lora[t][c]), m, n, a.n);
+            }
         }
     }
 }
 
-// `segments` warps side by side share eight weight rows.
-template <WeightFormat kFormat, bool kTall>
+// `segments` warps side by side share 16 weight rows.
+template <WeightFormat kFormat, int kTiles, int kStages>
 __global__ void __launch_bounds__(128)
     matmul_decode_kernel(const __grid_constant__ MatmulGroup group) {
     extern __shared__ __align__(1024) char shared[];
@@ -329,47 +474,86 @@ __global__ void __launch_bounds__(128)
     const int32_t row0 = (block * (num_warps / segments) + warp / segments) * kDecodeRows;
     const int32_t k_begin = segment * a.segment;
     const int32_t k_end = min(a.k, k_begin + a.segment);
-    float acc[4] = {};
-    release_successor();
+    float acc[kTiles][4] = {};
+    LoraOperands<kTiles> lora = {};
+    if (!a.releases_late) {
+        release_successor();
+    }
+    const auto wait = [&] {
+        wait_for_predecessor();
+        if (a.releases_late) {
+            release_successor();
+        }
+    };
+    const bool stores = row0 < a.epilogue.columns && segment == 0;
+    const bool has_lora = stores && a.epilogue.lora_u != nullptr;
     if (row0 < a.epilogue.columns) {
-        WeightStream<kFormat> stream(a.w, row0, k_begin, k_end, shared + warp * Layout::kRingBytes);
+        WeightStream<kFormat, kStages>
+            stream(a.w, row0, k_begin, k_end, shared + warp * kRingBytes<kFormat, kStages>);
         // The weights are constant: their loads need not wait.
 #pragma unroll 1
-        for (int c = 0; c < kDecodeStages - 1; ++c) {
+        for (int c = 0; c < kStages - 1; ++c) {
             stream.issue(a, k_begin, k_end);
         }
-        wait_for_predecessor();
-        multiply_segment<kFormat, kTall>(a, stream, k_begin, k_end, acc);
-    } else {
-        wait_for_predecessor();
+        if (!a.x_is_ready) {
+            wait();
+        }
+        if (has_lora) {
+            lora.load_b(a, row0, 0);
+        }
+        multiply_segment(a, stream, k_begin, k_end, acc);
+    }
+    if (a.x_is_ready || row0 >= a.epilogue.columns) {
+        wait();
+    }
+    if (has_lora) {
+        lora.load_u(a, 0);
     }
     if (segments > 1) {
-        auto* partial = reinterpret_cast<float*>(shared + num_warps * Layout::kRingBytes);
+        auto* partial = reinterpret_cast<float*>(shared + num_warps * kRingBytes<kFormat, kStages>);
+        const auto at = [&](int of_warp, int t, int c) -> float& {
+            return partial[((of_warp * kTiles + t) * 4 + c) * 32 + lane];
+        };
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            partial[(warp * 4 + i) * 32 + lane] = acc[i];
+        for (int i = 0; i < kTiles * 4; ++i) {
+            at(warp, i / 4, i % 4) = acc[i / 4][i % 4];
         }
         __syncthreads();
         if (segment != 0) {
             return;
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < kTiles * 4; ++i) {
             float sum = 0.0f;
             for (int s = 0; s < segments; ++s) {
-                sum = __fadd_rn(sum, partial[((warp + s) * 4 + i) * 32 + lane]);
+                sum = __fadd_rn(sum, at(warp + s, i / 4, i % 4));
             }
-            acc[i] = sum;
+            acc[i / 4][i % 4] = sum;
         }
     }
     if (row0 < a.epilogue.columns) {
-        store_decode(a, acc, row0);
+        store_decode(a, acc, lora, row0);
     }
+}
+
+template <WeightFormat kFormat, int kStages>
+void launch_decode_blocks(
+    cudaStream_t queue, const MatmulGroup& group, int64_t blocks, int num_warps
+) {
+    const bool one_tile = group.args[0].m <= 8;
+    const auto kernel = one_tile ? matmul_decode_kernel<kFormat, 1, kStages>
+                                 : matmul_decode_kernel<kFormat, 2, kStages>;
+    const size_t partial_bytes = (one_tile ? 4 : 8) * 32 * sizeof(float);
+    const size_t shared =
+        static_cast<size_t>(num_warps) * (kRingBytes<kFormat, kStages> + partial_bytes);
+    allow_shared_memory(kernel, shared);
+    launch_early(
+        kernel, dim3(grid_dim(blocks)), static_cast<unsigned>(num_warps) * 32, shared, queue, group
+    );
 }
 
 template <WeightFormat kFormat>
 void launch_decode(cudaStream_t queue, MatmulGroup& group) {
-    using Layout = DecodeLayout<kFormat>;
     // Two warps a block spread few rows over more multiprocessors; four share more of x.
     int64_t all_warps = 0;
     int32_t most_segments = 1;
@@ -390,14 +574,14 @@ void launch_decode(cudaStream_t queue, MatmulGroup& group) {
         );
     }
     group.first_block[group.count] = static_cast<int32_t>(blocks);
-    const auto kernel = group.args[0].m <= 8 ? matmul_decode_kernel<kFormat, false>
-                                             : matmul_decode_kernel<kFormat, true>;
-    const size_t shared =
-        static_cast<size_t>(num_warps) * (Layout::kRingBytes + 4 * 32 * sizeof(float));
-    allow_shared_memory(kernel, shared);
-    launch_early(
-        kernel, dim3(grid_dim(blocks)), static_cast<unsigned>(num_warps) * 32, shared, queue, group
-    );
+    // A block that is alone on its multiprocessor (LoRA's narrow side) hides the memory's latency
+    // by a deeper ring alone.
+    if constexpr (kFormat == WeightFormat::kBF16) {
+        if (blocks <= 132) {
+            return launch_decode_blocks<kFormat, kDeepStages>(queue, group, blocks, num_warps);
+        }
+    }
+    launch_decode_blocks<kFormat, kDecodeStages>(queue, group, blocks, num_warps);
 }
 
 }  // namespace orbit::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ops/matmul_decode_cuda.cuh"
+#include "ops/matmul_narrow_cuda.cuh"
 #include "ops/matmul_wgmma_cuda.cuh"
 
 namespace orbit::cuda {
@@ -157,6 +158,13 @@ void launch_best_tile(cudaStream_t queue, MatmulGroup& group) {
         return;
     }
     if constexpr (!kBackward) {
+        if (!narrow && group.args[0].m <= kNarrowMaxRows && has_wgmma()) {
+            const bool launched = group.args[0].m <= 32 ? launch_narrow<kFormat, 32>(queue, group)
+                                                        : launch_narrow<kFormat, 64>(queue, group);
+            if (launched) {
+                return;
+            }
+        }
         if (!narrow && count_blocks(group, 64, 128) >= kEnoughBlocks) {
             return launch_tile<BroadTile, kFormat, false, kSegmented>(queue, group);
         }

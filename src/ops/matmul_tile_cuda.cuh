@@ -557,7 +557,9 @@ __device__ __forceinline__ void multiply_through_tile(
         }
     };
 
-    release_successor();
+    if (!a.releases_late) {
+        release_successor();
+    }
     TileX<Shape> x(a, m0, k_begin);
     WeightTile<Shape, kFormat, kBackward, 4> w(a, n0, k_begin);
     const FragmentOffsets<Shape, kBackward> at;
@@ -587,6 +589,9 @@ __device__ __forceinline__ void multiply_through_tile(
         start_packed(w, a, length, ring + Shape::kBytesX);
     }
     wait_for_predecessor();
+    if (a.releases_late) {
+        release_successor();
+    }
 #pragma unroll
     for (int s = 0; s < Shape::kStages - 1; ++s) {
         load_x(s);

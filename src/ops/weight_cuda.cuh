@@ -11,6 +11,7 @@
 
 #include "device/cuda/check.cuh"
 #include "device/cuda/mma.cuh"
+#include "quant/arrange.h"
 #include "quant/quantized_matrix.h"
 
 namespace orbit::cuda {
@@ -117,7 +118,10 @@ __device__ __forceinline__ float half_bits_to_float(uint32_t bits) {
 // {128 + n, 128 + m} in bf16 from nibbles in bits 0-3 and 16-19, minus 136, times the scale: two
 // exact steps and one rounding.
 __device__ __forceinline__ uint32_t int4_pair(uint32_t nibbles, __nv_bfloat162 scale) {
-    const uint32_t biased = (nibbles & 0x000f000fu) | 0x43004300u;
+    uint32_t biased;  // (nibbles & 0x000f000f) | 0x43004300, which the compiler makes two of
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;"
+        : "=r"(biased)
+        : "r"(nibbles), "r"(0x000f000fu), "r"(0x43004300u));
     __nv_bfloat162 pair;
     memcpy(&pair, &biased, 4);
     const __nv_bfloat162 offset = __halves2bfloat162(
@@ -197,6 +201,16 @@ __device__ __forceinline__ float nvfp4_scale(const WeightView& w, uint32_t code)
     return __fmaf_rn(rest, w.global_inverse, quotient);
 }
 
+// The 4-bit code of a column; rows of whole blocks are arranged (quant/arrange.h).
+__device__ __forceinline__ uint32_t
+nibble_at(const WeightView& w, const uint8_t* row, int32_t col) {
+    if (!is_arranged(w.cols)) {
+        return (row[col >> 1] >> (4 * (col & 1))) & 15u;
+    }
+    const auto* words = reinterpret_cast<const uint32_t*>(row);
+    return (words[4 * (col >> 5) + arranged_word(col)] >> arranged_shift(col)) & 15u;
+}
+
 // One element, rounded to bf16; for gathers and the plain kernels.
 template <WeightFormat kFormat>
 __device__ __forceinline__ bf16 weight_value(const WeightView& w, int64_t row, int64_t col) {
@@ -205,8 +219,7 @@ __device__ __forceinline__ bf16 weight_value(const WeightView& w, int64_t row, i
     if constexpr (kFormat == WeightFormat::kBF16) {
         return reinterpret_cast<const bf16*>(bytes)[col];
     } else if constexpr (kFormat == WeightFormat::kInt4) {
-        const uint32_t word = reinterpret_cast<const uint32_t*>(bytes)[col >> 3];
-        const int q = static_cast<int>((word >> (4 * (col & 7))) & 15u) - 8;
+        const int q = static_cast<int>(nibble_at(w, bytes, column)) - 8;
         const auto* at = scale_row<kFormat>(w, row) + scale_offset<kFormat>(w, column);
         const float scale = to_float(*reinterpret_cast<const bf16*>(at));
         return round_bf16(__fmul_rn(static_cast<float>(q), scale));
@@ -219,8 +232,7 @@ __device__ __forceinline__ bf16 weight_value(const WeightView& w, int64_t row, i
         const float scale = kFormat == WeightFormat::kNvFp4
                                 ? nvfp4_scale(w, code)
                                 : e8m0_to_float(static_cast<uint8_t>(code));
-        const uint32_t nibble = bytes[col >> 1] >> (4 * (col & 1));
-        return round_bf16(__fmul_rn(e2m1_to_float(nibble), scale));
+        return round_bf16(__fmul_rn(e2m1_to_float(nibble_at(w, bytes, column)), scale));
     } else {
         const uint8_t* block = bytes + (col >> 5) * BlockBytes<kFormat>::value;
         const auto* half_words = reinterpret_cast<const uint16_t*>(block);
@@ -330,20 +342,17 @@ struct PairScale {
     }
 };
 
-// Eight columns of a format with scales apart, from one word of 4-bit codes or two of bytes.
+// Word q of 32 columns of 4-bit codes (quant/arrange.h): pair i is columns 2q + 8i, 2q + 8i + 1.
+// `scale`: a ScaleWord.
 template <WeightFormat kFormat>
-__device__ __forceinline__ void decode_eight(
-    const PairScale<kFormat>& scale, const uint32_t* words, uint32_t* out
+__device__ __forceinline__ void decode_word(
+    const WeightView& w, uint32_t word, uint32_t scale, uint32_t (&pair)[4]
 ) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if constexpr (kFormat == WeightFormat::kFp8) {
-            out[i] = scale.pair((words[i / 2] >> (16 * (i & 1))) & 0xffffu);
-        } else {
-            // Columns k and k + 1: bits 0-3 and 4-7 of a byte; the second moves up to bit 16.
-            const uint32_t byte = (words[0] >> (8 * i)) & 0xffu;
-            out[i] = scale.pair(byte | (byte << 12));
-        }
+    for (int half = 0; half < 2; ++half) {
+        const PairScale<kFormat> s(w, scale, half);
+        pair[2 * half] = s.pair(word >> (8 * half));
+        pair[2 * half + 1] = s.pair(word >> (8 * half + 4));
     }
 }
 
@@ -352,12 +361,21 @@ template <WeightFormat kFormat>
 __device__ __forceinline__ void decode_unit(
     const WeightView& w, const RawUnit<kFormat>& raw, uint32_t (&out)[16]
 ) {
-    if constexpr (kScalesApart<kFormat>) {
-        constexpr int kWords = RawUnit<kFormat>::kWords / 4;  // of eight columns
+    if constexpr (kFormat == WeightFormat::kFp8) {
+        const PairScale<kFormat> scale(w, raw.scale, 0);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const PairScale<kFormat> scale(w, raw.scale, i / 2);
-            decode_eight<kFormat>(scale, &raw.word[kWords * i], &out[4 * i]);
+        for (int i = 0; i < 16; ++i) {
+            out[i] = scale.pair((raw.word[i / 2] >> (16 * (i & 1))) & 0xffffu);
+        }
+    } else if constexpr (kScalesApart<kFormat>) {
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+            uint32_t pair[4];
+            decode_word<kFormat>(w, raw.word[q], raw.scale, pair);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                out[q + 4 * i] = pair[i];
+            }
         }
     } else if constexpr (kFormat == WeightFormat::kQ8_0) {
         const float d = half_bits_to_float(raw.word[0]);

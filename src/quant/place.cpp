@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "quant/arrange.h"
+
 namespace orbit {
 
 namespace {
@@ -30,6 +32,7 @@ QuantizedMatrix copied_to(
 ) {
     QuantizedMatrix placed = host;
     copy_bytes(stream, place, data, host.data, data_bytes(host));
+    arrange_codes(stream, host, data, data_bytes(host));
     placed.data = data;
     if (scales != nullptr) {
         const bool is_int4 = host.format == WeightFormat::kInt4;
@@ -44,6 +47,15 @@ QuantizedMatrix copied_to(
 }
 
 }  // namespace
+
+void arrange_codes(Stream& stream, const QuantizedMatrix& shape, void* data, size_t bytes) {
+    const bool has_codes = shape.format == WeightFormat::kInt4 ||
+                           shape.format == WeightFormat::kMxFp4 ||
+                           shape.format == WeightFormat::kNvFp4;
+    if (has_codes && is_arranged(shape.cols) && !stream.is_cpu()) {
+        cuda::arrange_codes(stream, data, bytes);
+    }
+}
 
 QuantizedMatrix place_weight(
     Stream& stream, Arena& arena, std::string_view name, const QuantizedMatrix& host

@@ -16,6 +16,11 @@ QuantizedMatrix place_weight(
     Stream& stream, Arena& arena, std::string_view name, const QuantizedMatrix& host
 );
 
+// Puts 4-bit codes (16-byte aligned, in the memory of the stream's device) of matrices like `shape`
+// into the order of quant/arrange.h, in place; place_weight has done so. Nothing to do on a CPU,
+// whose kernels read the file's order, and for other formats.
+void arrange_codes(Stream& stream, const QuantizedMatrix& shape, void* data, size_t bytes);
+
 // Matrices of one shape and format, placed at one distance from each other: the experts of a layer.
 // The first one decides; another one of a different kind gets a place of its own.
 class MatrixStack {

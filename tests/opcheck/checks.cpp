@@ -8,6 +8,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "quant/place.h"
+
 namespace orbit::opcheck {
 namespace {
 
@@ -107,6 +109,7 @@ class Instance {
             }
             in_.push_back(allocate(in.dtype, shape));
             copy_to_device(stream, in_.back().data, bytes.data(), bytes.size());
+            arrange_codes(stream, in.weight, in_.back().data, bytes.size());
         }
         for (const auto& out : c.outputs) {
             auto shape = out.shape;

@@ -24,7 +24,7 @@ void add_embed_case(CaseList& cases, WeightFormat format, DType compute) {
     c.name = fmt::format("{}{}", format_name(format), f32 ? " (f32)" : "");
     c.inputs = {
         per_row(input("ids", DType::kI32, {kTokens}, ids)),
-        raw_input("table", w.data, f32 ? w.exact_values : w.bf16_values),
+        weight_input(w, f32),
         raw_input("scales", w.scales, {}),
     };
     c.outputs = {{"y", compute, {kTokens, kWidth}, true}};

@@ -175,7 +175,7 @@ Case linear_case(const Shape& s, const TestWeight& w, Random& random) {
         with_grad(
             per_row(input("x", s.compute, {s.rows, s.in}, random.normals(s.rows * s.in))), s.compute
         ),
-        raw_input("w", w.data, f32 ? w.exact_values : w.bf16_values),
+        weight_input(w, f32),
         raw_input("scales", w.scales, {}),
         input("bias", DType::kF32, {s.out}, random.normals(s.out)),
         per_row(input("residual", s.compute, {s.rows, s.out}, random.normals(s.rows * s.out)))};
@@ -206,7 +206,7 @@ Case f32_out_case(const Shape& s, Random& random) {
         with_grad(
             per_row(input("h", s.compute, {s.rows, s.in}, random.normals(s.rows * s.in))), s.compute
         ),
-        raw_input("w", w.data, f32 ? w.exact_values : w.bf16_values),
+        weight_input(w, f32),
         raw_input("scales", w.scales, {})};
     c.outputs = {{"logits", DType::kF32, {s.rows, s.out}, true}};
     c.run = [weight](Stream& stream, const Tensors& in, const Tensors& out) {
@@ -233,7 +233,7 @@ Case dx_case(const Shape& s, Random& random) {
     c.name = name_of(s);
     c.inputs = {
         per_row(input("dy", s.compute, {s.rows, s.out}, random.normals(s.rows * s.out))),
-        raw_input("w", w.data, w.bf16_values),
+        weight_input(w, false),
         raw_input("scales", w.scales, {}),
         input("bias", DType::kF32, {1}, {0.0f}),  // not used
         per_row(input("before", s.compute, {s.rows, s.in}, random.normals(s.rows * s.in)))};

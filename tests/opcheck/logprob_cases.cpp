@@ -117,7 +117,7 @@ std::vector<Input> inputs_of(const Shape& s, const TestWeight& w, Random& random
     const Input h = input("h", s.compute, {s.rows, s.width}, random.normals(s.rows * s.width));
     return {
         per_row(h),
-        raw_input("w", w.data, f32 ? w.exact_values : w.bf16_values),
+        weight_input(w, f32),
         raw_input("scales", w.scales, {}),
     };
 }

@@ -84,6 +84,7 @@ Experts make_experts(const Shape& s, size_t projection, Random& random) {
         append(experts.all.bf16_values, w.bf16_values);
         append(experts.all.exact_values, w.exact_values);
     }
+    experts.all.shape = experts.shapes[0];  // what all of them have in common
     return experts;
 }
 
@@ -432,8 +433,7 @@ Case make_case(const Shape& s, Random& random, Block& block) {
     for (size_t projection = 0; projection < kProjections; ++projection) {
         Experts& experts = block.projections[projection];
         experts = make_experts(s, projection, random);
-        const auto& values = f32 ? experts.all.exact_values : experts.all.bf16_values;
-        c.inputs.push_back(raw_input("w", experts.all.data, values));
+        c.inputs.push_back(weight_input(experts.all, f32));
         c.inputs.push_back(raw_input("scales", experts.all.scales, {}));
     }
     add_adapters(s, random, c);

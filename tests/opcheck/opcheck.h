@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "device/device.h"
+#include "quant/quantized_matrix.h"
 
 namespace orbit::opcheck {
 
@@ -30,6 +31,7 @@ struct Input {
     std::vector<int64_t> shape;
     std::vector<float> values;   // what the reference sees; rounded to dtype by `input()`
     std::vector<uint8_t> bytes;  // what is uploaded instead of `values`, when not empty
+    QuantizedMatrix weight;      // whose data `bytes` are; no format with 4-bit codes: none
     bool per_row = false;        // the first axis is the batch's rows
     bool grad = false;           // backward computes d(this)
     DType grad_dtype = DType::kF32;

@@ -189,6 +189,12 @@ TestWeight make_weight(WeightFormat format, int64_t rows, int64_t cols, Random& 
     return w;
 }
 
+Input weight_input(const TestWeight& w, bool f32) {
+    Input in = raw_input("w", w.data, f32 ? w.exact_values : w.bf16_values);
+    in.weight = w.shape;
+    return in;
+}
+
 QuantizedMatrix at_tensors(const QuantizedMatrix& shape, const Tensor& data, const Tensor& scales) {
     QuantizedMatrix w = shape;
     w.data = data.data;

@@ -19,6 +19,9 @@ struct TestWeight {
 
 TestWeight make_weight(WeightFormat format, int64_t rows, int64_t cols, Random& random);
 
+// The data of weights as an input, with the f32 check mode's values or those of bf16.
+Input weight_input(const TestWeight& w, bool f32);
+
 // The matrix again, with its bytes at these tensors.
 QuantizedMatrix at_tensors(const QuantizedMatrix& shape, const Tensor& data, const Tensor& scales);
 

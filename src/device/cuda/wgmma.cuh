@@ -155,29 +155,39 @@ __device__ __forceinline__ void wgmma_shared(
 }
 
 // d += a b over 16 of the contraction: a in registers, each warp's 16 rows as mma.sync.m16n8k16
-// takes them; b in shared memory, its rows across the contraction; asynchronous, and a must stay
-// as it is until the group is waited for.
-template <int kN>
+// takes them; b in shared memory, its rows across the contraction or (not kAcross) along it;
+// asynchronous, and a must stay as it is until the group is waited for.
+template <int kN, bool kAcross = true>
 __device__ __forceinline__ void wgmma_registers(
     float (&d)[kN / 8][4], const uint32_t (&a)[4], uint64_t b
 ) {
-    static_assert(kN == 64 || kN == 128);
+    static_assert(kN == 32 || kN == 64 || kN == 128);
+    constexpr int kTransposed = kAcross ? 1 : 0;
 #if defined(ORBIT_HAS_WGMMA)
-    if constexpr (kN == 64) {
+    if constexpr (kN == 32) {
+        asm volatile(
+            "{ .reg .pred add; setp.ne.b32 add, 1, 0; "
+            "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+            "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+            "{%16, %17, %18, %19}, %20, add, 1, 1, %21; }"
+            : ORBIT_D4(0), ORBIT_D4(1), ORBIT_D4(2), ORBIT_D4(3)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposed)
+        );
+    } else if constexpr (kN == 64) {
         asm volatile(
             "{ .reg .pred add; setp.ne.b32 add, 1, 0; "
             "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " ORBIT_FIRST_32
-            "}, {%32, %33, %34, %35}, %36, add, 1, 1, 1; }"
+            "}, {%32, %33, %34, %35}, %36, add, 1, 1, %37; }"
             : ORBIT_D32(0)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposed)
         );
     } else {
         asm volatile(
             "{ .reg .pred add; setp.ne.b32 add, 1, 0; "
             "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " ORBIT_FIRST_32 ORBIT_SECOND_32
-            "}, {%64, %65, %66, %67}, %68, add, 1, 1, 1; }"
+            "}, {%64, %65, %66, %67}, %68, add, 1, 1, %69; }"
             : ORBIT_D32(0), ORBIT_D32(8)
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposed)
         );
     }
 #else
