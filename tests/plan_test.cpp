@@ -5,6 +5,7 @@
 
 #include "base/philox.h"
 #include "model_files.h"
+#include "ops/decoded_weights.h"
 #include "run/gpu_plan.h"
 #include "run/memory_plan.h"
 #include "train/trainer.h"
@@ -186,6 +187,47 @@ TEST(Plan, OffloadingMovesLayerInputsToTheHost) {
         EXPECT_EQ(kept.total() - offloaded.total(), static_cast<size_t>(on_cpu ? 0 : moved));
         EXPECT_EQ(offloaded.pinned, static_cast<size_t>(on_cpu ? 0 : moved));
         EXPECT_EQ(plan_text(offloaded).find("pinned host memory") != std::string::npos, !on_cpu);
+    }
+}
+
+// On a GPU that decodes packed weights before products of many rows.
+TEST(Plan, DecodedWeightsHaveRoom) {
+    ScratchModel m;
+    m.config = plan_model("Qwen3-8B", "int4").config;
+    m.adapter.kind = "none";
+    m.on_cpu = false;
+    TrainShape train;
+    PrefillShape prefill;
+    const auto more = [&](int64_t tokens) {
+        train.tokens = train.rows = train.longest = prefill.tokens = prefill.longest = tokens;
+        m.packed.linears = false;
+        const int64_t training = training_scratch(m, train);
+        const int64_t filling = prefill_scratch(m, prefill);
+        m.packed.linears = true;
+        return std::pair{
+            training_scratch(m, train) - training, prefill_scratch(m, prefill) - filling};
+    };
+    const std::pair<int64_t, int64_t> nothing{0, 0};
+    EXPECT_EQ(more(8192), nothing);
+    m.decodes_first = true;
+    EXPECT_EQ(more(1023), nothing);
+    // Training uses most in the gradient of q, prefill in down, which is cut.
+    EXPECT_EQ(more(8192), (std::pair<int64_t, int64_t>{2 * 4096 * 4096, kDecodedBytes}));
+}
+
+TEST(Plan, PackedPartsAreThoseOfTheFiles) {
+    const Checkpoint checkpoint = open_checkpoint(source_path("models/mini-qwen3-int4"));
+    const PackedParts parts = packed_parts(checkpoint.config, placed_formats(checkpoint, {}));
+    EXPECT_TRUE(parts.linears);
+    EXPECT_FALSE(parts.head);
+    const Device device = make_device("cpu");
+    Stream stream(device);
+    for (const char* path : {"models/mini-qwen3-int4", "tests/models/tiny-qwen3-moe"}) {
+        const Checkpoint files = open_checkpoint(source_path(path));
+        const PackedParts planned = packed_parts(files.config, placed_formats(files, {}));
+        const PackedParts loaded = packed_parts(*load_model(stream, source_path(path)));
+        EXPECT_EQ(planned.linears, loaded.linears) << path;
+        EXPECT_EQ(planned.head, loaded.head) << path;
     }
 }
 
@@ -495,6 +537,19 @@ TEST(GpuPlan, EstimateIsCloseToTheCountedActivations) {
         m.runs = false;
         EXPECT_NEAR(sum(), exact, 0.25 * exact) << name;
     }
+}
+
+TEST(GpuPlan, HopperHasRoomForDecodedWeights) {
+    GpuPlanOptions options;
+    options.adapter.kind = "none";
+    const auto rest = [&](const char* gpu, const char* format) {
+        options.gpus = gpu;
+        const PlanModel m = plan_model("Qwen3-8B", format);
+        return plan_gpus(m, options).total() - m.other_bytes();
+    };
+    EXPECT_DOUBLE_EQ(rest("A100-80GB", "int4"), rest("A100-80GB", "bf16"));
+    EXPECT_DOUBLE_EQ(rest("H200", "bf16"), rest("A100-80GB", "bf16"));
+    EXPECT_DOUBLE_EQ(rest("H200", "int4") - rest("H200", "bf16"), 2 * 4096 * 4096);
 }
 
 TEST(GpuPlan, LayerInputsGoToHostMemoryWhenAsked) {

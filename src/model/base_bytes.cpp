@@ -37,6 +37,11 @@ WeightFormat staged_format(WeightFormat stored, bool linear, bool is_gguf, const
     return wide && is_gguf && o.compute == DType::kF32 ? WeightFormat::kF32 : WeightFormat::kBF16;
 }
 
+bool is_packed(WeightFormat format) {
+    return format != WeightFormat::kBF16 && format != WeightFormat::kF16 &&
+           format != WeightFormat::kF32;
+}
+
 }  // namespace
 
 int64_t base_bytes(const ModelConfig& config, const FormatOf& format_of) {
@@ -93,6 +98,30 @@ FormatOf placed_formats(const Checkpoint& checkpoint, const LoadOptions& options
 
 int64_t base_bytes(const Checkpoint& checkpoint, const LoadOptions& options) {
     return base_bytes(checkpoint.config, placed_formats(checkpoint, options));
+}
+
+PackedParts packed_parts(const ModelConfig& config, const FormatOf& format_of) {
+    const std::string head =
+        config.tied_embeddings ? "model.embed_tokens.weight" : "lm_head.weight";
+    PackedParts parts;
+    for (const ExpectedWeight& weight : expected_weights(config)) {
+        const bool outside = weight.linear && weight.name.find(".experts.") == std::string::npos;
+        if (outside || weight.name == head) {
+            (outside ? parts.linears : parts.head) |= is_packed(format_of(weight).format);
+        }
+    }
+    return parts;
+}
+
+PackedParts packed_parts(const Model& model) {
+    PackedParts parts;
+    parts.head = is_packed(model.head.format);
+    for (const LayerWeights& l : model.layers) {
+        for (const LinearWeights* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) {
+            parts.linears = parts.linears || (w->w.defined() && is_packed(w->w.format));
+        }
+    }
+    return parts;
 }
 
 std::vector<AdapterSite> adapter_sites(const ModelConfig& config) {

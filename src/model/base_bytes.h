@@ -36,6 +36,15 @@ HostExperts host_experts(const ModelConfig& config, const FormatOf& format_of, i
 // and staged_bytes.
 void reserve_base(Model& model, const FormatOf& format_of, int64_t host_layers);
 
+// Which of a base's weights are packed, in the formats in which they lie in memory.
+struct PackedParts {
+    bool linears = false;  // some of those outside of experts
+    bool head = false;
+};
+
+PackedParts packed_parts(const ModelConfig& config, const FormatOf& format_of);
+PackedParts packed_parts(const Model& model);
+
 // Every linear layer that can carry an adapter, in the order of Model::sites.
 std::vector<AdapterSite> adapter_sites(const ModelConfig& config);
 

@@ -1,6 +1,7 @@
 // Linked instead of ops/*.cu when the build has no CUDA.
 #include "base/error.h"
 #include "ops/cuda_ops.h"
+#include "ops/decoded_weights.h"
 #include "ops/oft_transform.h"
 
 namespace orbit::cuda {
@@ -156,6 +157,10 @@ void adamw(Stream&, const AdamWParams&, float*, float*, float*, const float*, in
 
 double global_norm(Stream&, const float*, int64_t) {
     no_cuda();
+}
+
+bool decodes_first(const Device&) {
+    return false;
 }
 
 }  // namespace orbit::cuda

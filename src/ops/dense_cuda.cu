@@ -90,14 +90,12 @@ Tensor rotated(Stream& stream, const Tensor& x, const Tensor& oft_d) {
     return xr;
 }
 
-// Rows [begin, begin + count) of a packed weight; begin is a multiple of 128.
-WeightView rows_of_weight(WeightView w, WeightFormat format, int64_t begin, int64_t count) {
-    w.data += begin * w.row_bytes;
-    if (w.scales != nullptr) {
-        w.scales += (format == WeightFormat::kFp8 ? begin / 128 : begin) * w.scale_stride;
-    }
-    w.rows = static_cast<int32_t>(count);
-    return w;
+// One product with a base's weight.
+void multiply(Stream& stream, WeightFormat format, Direction direction, const MatmulArgs& args) {
+    MatmulGroup group;
+    group.args[0] = args;
+    group.count = 1;
+    weight_matmul(stream, format, direction, group);
 }
 
 __global__ void __launch_bounds__(256)
@@ -147,9 +145,10 @@ void lora_backward(
         a.epilogue.lora_b = activations(lora_a);
         a.epilogue.ldu = static_cast<int32_t>(du.cols());
         a.epilogue.rank = static_cast<int32_t>(rank);
+        a.epilogue.ldb = static_cast<int32_t>(lora_a.shape[1]);
         a.epilogue.lora_scale = 1.0f;
         a.epilogue.residual = accumulate_dx ? activations(dx) : nullptr;
-        matmul(queue_of(stream), p.w.format, Direction::kBackward, a);
+        multiply(stream, p.w.format, Direction::kBackward, a);
     }
     LowRankGradient g;
     g.rows = static_cast<int32_t>(dy.rows());
@@ -185,7 +184,7 @@ void oft_backward(
     const AdapterGrad& grad
 ) {
     const Tensor dxr = stream.scratch.take(DType::kBF16, {p.x.rows(), p.x.cols()});
-    matmul(queue_of(stream), p.w.format, Direction::kBackward, backward_args(dy, p.w, dxr));
+    multiply(stream, p.w.format, Direction::kBackward, backward_args(dy, p.w, dxr));
     const auto rows = static_cast<int32_t>(p.x.rows());
     const auto width = static_cast<int32_t>(p.x.cols());
     const auto block = static_cast<int32_t>(p.adapter.oft_d.shape[1]);
@@ -304,6 +303,7 @@ void linear_group(Stream& stream, std::span<const LinearParams> params, std::spa
             a.epilogue.lora_b = activations(p.adapter.lora_b);
             a.epilogue.ldu = static_cast<int32_t>(u.cols());
             a.epilogue.rank = static_cast<int32_t>(p.adapter.lora_a.shape[0]);
+            a.epilogue.ldb = static_cast<int32_t>(p.adapter.lora_b.shape[1]);
             a.epilogue.lora_scale = p.adapter.lora_scale;
         }
     }
@@ -327,7 +327,7 @@ void linear_group(Stream& stream, std::span<const LinearParams> params, std::spa
         }
         if (alike.count > 0) {
             x_is_ready = false;
-            matmul_group(queue_of(stream), params[i].w.format, Direction::kForward, alike);
+            weight_matmul(stream, params[i].w.format, Direction::kForward, alike);
         }
     }
 }
@@ -351,14 +351,14 @@ void linear_backward(
     } else if (dx.defined()) {
         MatmulArgs a = backward_args(dy, p.w, dx);
         a.epilogue.residual = accumulate_dx ? activations(dx) : nullptr;
-        matmul(queue_of(stream), p.w.format, Direction::kBackward, a);
+        multiply(stream, p.w.format, Direction::kBackward, a);
     }
 }
 
 void linear_f32_out(Stream& stream, Tensor h, const QuantizedMatrix& w, Tensor logits) {
     CHECK(logits.dtype == DType::kF32);
     if (h.rows() > 0) {
-        matmul(queue_of(stream), w.format, Direction::kForward, forward_args(h, w, logits));
+        multiply(stream, w.format, Direction::kForward, forward_args(h, w, logits));
     }
 }
 
@@ -369,7 +369,7 @@ void head_backward(Stream& stream, Tensor dlogits, const QuantizedMatrix& w, Ten
     const int64_t part = ceil_div(ceil_div(whole.k, kMaxGroup), whole.segment) * whole.segment;
     const int64_t count = ceil_div(whole.k, part);
     if (count == 1) {
-        return matmul(queue_of(stream), w.format, Direction::kBackward, whole);
+        return multiply(stream, w.format, Direction::kBackward, whole);
     }
     const ScratchScope scope(stream.scratch);
     const Tensor sums = stream.scratch.take(DType::kF32, {count, dh.rows(), dh.cols()});
@@ -384,7 +384,7 @@ void head_backward(Stream& stream, Tensor dlogits, const QuantizedMatrix& w, Ten
         a.epilogue.f32_out = true;
         group.args[group.count++] = a;
     }
-    matmul_group(queue_of(stream), w.format, Direction::kBackward, group);
+    weight_matmul(stream, w.format, Direction::kBackward, group);
     add_parts_kernel<<<grid_dim(ceil_div(dh.numel(), 256)), 256, 0, queue_of(stream)>>>(
         sums.as<float>(), static_cast<int32_t>(count), dh.numel(), activations(dh)
     );

@@ -205,6 +205,7 @@ void add_low_rank(
     e.lora_b = activations(p.adapters[0].*member);
     e.ldu = static_cast<int32_t>(u.cols());
     e.rank = static_cast<int32_t>(p.adapters[0].lora_a.shape[0]);
+    e.ldb = static_cast<int32_t>((p.adapters[0].*member).shape[1]);
     e.lora_scale = scale;
     g.lora_b_distance = experts.adapter_distance(member);
 }

@@ -1,6 +1,7 @@
 // Instantiated once per weight format, in grouped_*_cuda.cu.
 #pragma once
 
+#include "ops/decode_weight_cuda.cuh"
 #include "ops/grouped_cuda.cuh"
 #include "ops/matmul_format_cuda.cuh"
 
@@ -106,36 +107,7 @@ __global__ void __launch_bounds__(32)
     }
 }
 
-// Eight columns a thread, along the rows of the weight; block (part of the rows, expert).
-constexpr int kUnpackThreads = 256;
-constexpr int kUnpackPerThread = 8;
-
-// Eight neighbouring columns, or of a block of 4-bit codes those of word `eight % 4`.
-template <WeightFormat kFormat>
-__device__ __forceinline__ void decode_eight(
-    const WeightView& w, int32_t row, int32_t eight, bf16* out
-) {
-    const auto* words = reinterpret_cast<const uint32_t*>(w.data + row * w.row_bytes);
-    const int32_t block_column = eight / 4 * 32;
-    const uint8_t* scale_at = scale_row<kFormat>(w, row) + scale_offset<kFormat>(w, block_column);
-    const uint32_t scale = __ldg(reinterpret_cast<const ScaleWord<kFormat>*>(scale_at));
-    if constexpr (kFormat == WeightFormat::kFp8) {
-        const PairScale<kFormat> s(w, scale, 0);
-        const uint32_t low = __ldg(words + 2 * eight);
-        const uint32_t high = __ldg(words + 2 * eight + 1);
-        *reinterpret_cast<uint4*>(out + 8 * eight) = uint4{
-            s.pair(low & 0xffffu), s.pair(low >> 16), s.pair(high & 0xffffu), s.pair(high >> 16)};
-    } else {
-        uint32_t pair[4];
-        decode_word<kFormat>(w, __ldg(words + eight), scale, pair);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            bf16* at = out + block_column + 8 * i + 2 * (eight % 4);
-            *reinterpret_cast<uint32_t*>(at) = pair[i];
-        }
-    }
-}
-
+// Block (share of the weight, expert).
 template <WeightFormat kFormat>
 __global__ void __launch_bounds__(kUnpackThreads)
     decode_experts_kernel(const __grid_constant__ GroupedArgs g, int32_t first, bf16* to) {
@@ -146,19 +118,8 @@ __global__ void __launch_bounds__(kUnpackThreads)
         return;
     }
     const WeightView w = args_of_expert(g, expert, 0).w;
-    const int32_t row_eights = w.cols / 8;
-    const int32_t eights = w.rows * row_eights;
-    bf16* out = to + static_cast<int64_t>(blockIdx.y) * eights * 8;
-    const int32_t begin = static_cast<int32_t>(blockIdx.x) * kUnpackThreads * kUnpackPerThread;
-#pragma unroll
-    for (int i = 0; i < kUnpackPerThread; ++i) {
-        const int32_t at = begin + i * kUnpackThreads + static_cast<int32_t>(threadIdx.x);
-        if (at >= eights) {
-            return;
-        }
-        const int32_t row = at / row_eights;
-        decode_eight<kFormat>(w, row, at % row_eights, out + static_cast<int64_t>(row) * w.cols);
-    }
+    bf16* out = to + static_cast<int64_t>(blockIdx.y) * w.rows * w.cols;
+    decode_share<kFormat>(w, 0, w.cols / 8, static_cast<int32_t>(blockIdx.x), out);
 }
 
 template <WeightFormat kFormat>
@@ -167,9 +128,7 @@ void decode_experts(
 ) {
     const int64_t eights = static_cast<int64_t>(g.one.w.rows) * (g.one.w.cols / 8);
     CHECK_LT(eights, int64_t{1} << 30);
-    const dim3 grid(
-        grid_dim(ceil_div(eights, kUnpackThreads * kUnpackPerThread)), grid_dim_yz(count)
-    );
+    const dim3 grid(grid_dim(ceil_div(eights, kUnpackEights)), grid_dim_yz(count));
     launch_early(decode_experts_kernel<kFormat>, grid, kUnpackThreads, 0, queue, g, first, to);
 }
 

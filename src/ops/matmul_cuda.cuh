@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "device/cuda/mma.cuh"
+#include "device/device.h"
 #include "ops/weight_cuda.cuh"
 
 namespace orbit::cuda {
@@ -25,6 +26,7 @@ struct Epilogue {
     const bf16* lora_b = nullptr;    // [n, rank]; in backward [rank, n]
     int32_t ldu = 0;                 // a multiple of 16
     int32_t rank = 0;
+    int32_t ldb = 0;  // elements from a row of lora_b to the next
     float lora_scale = 0.0f;
 };
 
@@ -86,11 +88,11 @@ lora_b_pair(const Epilogue& e, int32_t n, int32_t num_n, int k) {
         return 0;
     }
     if constexpr (!kByRank) {
-        return load_pair(e.lora_b + static_cast<int64_t>(n) * e.rank, k, e.rank);
+        return load_pair(e.lora_b + static_cast<int64_t>(n) * e.ldb, k, e.rank);
     }
-    const bf16* column = e.lora_b + static_cast<int64_t>(k) * num_n + n;
+    const bf16* column = e.lora_b + static_cast<int64_t>(k) * e.ldb + n;
     const uint32_t low = k < e.rank ? column[0].bits : 0u;
-    const uint32_t high = k + 1 < e.rank ? column[num_n].bits : 0u;
+    const uint32_t high = k + 1 < e.rank ? column[e.ldb].bits : 0u;
     return low | (high << 16);
 }
 
@@ -227,10 +229,17 @@ void matmul(cudaStream_t queue, WeightFormat format, Direction direction, const 
 // Products of one format and one m in one launch. `group.first_block` is filled in here.
 void matmul_group(cudaStream_t queue, WeightFormat format, Direction direction, MatmulGroup& group);
 
+// The same, packed weights of many rows decoded first where that is quicker, to the stream's
+// scratch. matmul_decoded_cuda.cu.
+void weight_matmul(Stream& stream, WeightFormat format, Direction direction, MatmulGroup& group);
+
 // Many rows of bf16 weights on Hopper: matmul_tma_cuda.cu. Whether that member takes these
 // products, whose operands are known to be aligned.
-bool fits_pairs(Direction direction, const MatmulGroup& group);
+bool fits_pairs(const MatmulGroup& group);
 void matmul_pairs(cudaStream_t queue, Direction direction, const MatmulGroup& group);
+
+// Rows [begin, begin + count) of a packed weight; begin is a multiple of 128.
+WeightView rows_of_weight(WeightView w, WeightFormat format, int64_t begin, int64_t count);
 
 template <WeightFormat kFormat>
 void matmul_format(cudaStream_t queue, Direction direction, MatmulGroup& group);

@@ -146,7 +146,7 @@ void launch_best_tile(cudaStream_t queue, MatmulGroup& group) {
     if (!narrow && group.args[0].m > 64 && count_blocks(group, 128, 128) >= kEnoughWide) {
         if constexpr (kFormat == WeightFormat::kBF16) {
             constexpr auto kDirection = kBackward ? Direction::kBackward : Direction::kForward;
-            if (fits_pairs(kDirection, group)) {
+            if (fits_pairs(group)) {
                 return matmul_pairs(queue, kDirection, group);
             }
         }

@@ -196,6 +196,7 @@ class Bench {
         adapter.kind = options_.adapter;
         ScratchModel scratch = scratch_model(stream_.device, model_.config, adapter);
         scratch.staged = model_.staged_bytes;
+        scratch.packed = packed_parts(model_);
         return plan_memory(
             scratch, static_cast<int64_t>(model_.arena.total_bytes()), rollout, train
         );

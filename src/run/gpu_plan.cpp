@@ -115,6 +115,11 @@ void add_exact(const PlanModel& m, const GpuPlanOptions& o, GpuPlan& plan) {
     scratch.config = m.config;
     scratch.adapter = o.adapter;
     scratch.on_cpu = false;
+    scratch.decodes_first = plan.set.gpu.decodes_first;
+    for (const PlanMatrix& matrix : m.matrices) {
+        const bool packed = matrix.format != WeightFormat::kBF16 && !matrix.expert;
+        (matrix.linear ? scratch.packed.linears : scratch.packed.head) |= packed;
+    }
     RolloutShape rollout;
     rollout.engine.max_batch = o.batch;
     rollout.engine.kv_tokens = o.batch * (o.context + 2 * kPageTokens);
@@ -356,8 +361,8 @@ std::string host_text(const PlanModel& m, const GpuPlan& plan) {
 const std::vector<Gpu>& known_gpus() {
     // Memory of the first three: models.md 13.3 (B200 unverified); rates: the makers' data sheets.
     static const std::vector<Gpu> gpus = {
-        {"H100", 81559, 3.35e12, 64e9},
-        {"H200", 143771, 4.8e12, 64e9},
+        {"H100", 81559, 3.35e12, 64e9, true},
+        {"H200", 143771, 4.8e12, 64e9, true},
         {"B200", 183000, 8.0e12, 64e9},
         {"A100-40GB", 40960, 1.555e12, 32e9},
         {"A100-80GB", 81920, 2.039e12, 32e9},

@@ -11,9 +11,10 @@ namespace orbit {
 
 struct Gpu {
     const char* name;
-    double memory_mib;   // what the driver reports
-    double memory_rate;  // bytes/s, published
-    double host_rate;    // bytes/s from host memory, published one-way rate of the slot
+    double memory_mib;           // what the driver reports
+    double memory_rate;          // bytes/s, published
+    double host_rate;            // bytes/s from host memory, published one-way rate of the slot
+    bool decodes_first = false;  // packed weights, for products of many rows: Hopper
 };
 
 const std::vector<Gpu>& known_gpus();

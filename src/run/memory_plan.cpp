@@ -192,6 +192,7 @@ MemoryPlan plan_with_host_layers(
     ScratchModel m = scratch_model(device, checkpoint.config, c.adapter);
     m.dequant = {c.moe.dequant_bytes, c.moe.dequant_rows};
     m.staged = host.staged;
+    m.packed = packed_parts(checkpoint.config, placed_formats(checkpoint, load));
     const TrainShape train = largest_batch(c, checkpoint.config, longest_prompt);
     RolloutShape rollout;
     rollout.engine = engine_options(c, longest_prompt);

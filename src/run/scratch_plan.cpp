@@ -7,6 +7,7 @@
 #include "model/forward.h"
 #include "ops/attention_kernels.h"
 #include "ops/batch.h"
+#include "ops/decoded_weights.h"
 #include "ops/dense_matmul.h"
 #include "ops/moe.h"
 
@@ -187,22 +188,36 @@ class CpuLinear {
     int64_t element_;
 };
 
+// Packed weights of `elements` in all, in matmul_decoded_cuda.cu.
+void decode_first(
+    const ScratchModel& m, Meter& meter, int64_t rows, bool packed, int64_t elements
+) {
+    if (m.decodes_first && packed && rows >= kDecodeFirstRows) {
+        const Scope scope(meter);
+        meter.take(decoded_bytes(elements));
+    }
+}
+
 // dense_cuda.cu, or grouped_cuda.cu, which sums gradients without partial sums.
 class GpuLinear {
   public:
-    GpuLinear(Meter& meter, int64_t rows, bool grouped)
-        : meter_(meter), rows_(rows), grouped_(grouped) {}
+    GpuLinear(const ScratchModel& model, Meter& meter, int64_t rows, bool grouped)
+        : m_(model), meter_(meter), rows_(rows), grouped_(grouped) {}
 
     void forward(std::initializer_list<Site> sites) {
         const Scope scope(meter_);
+        int64_t elements = 0;
         for (const Site& s : sites) {
             take_input(s);
+            elements += s.in * s.out;
         }
+        decode_first(m_, meter_, rows_, m_.packed.linears && !grouped_, elements);
     }
 
     void backward(const Site& s) {
         const Scope scope(meter_);
         take_input(s);  // du, or the gradient of the rotated input
+        decode_first(m_, meter_, rows_, m_.packed.linears && !grouped_, s.in * s.out);
         if (s.kind == AdapterKind::kLora) {
             partials(s.in * s.rank);
             take_input(s);
@@ -229,6 +244,7 @@ class GpuLinear {
         }
     }
 
+    const ScratchModel& m_;
     Meter& meter_;
     int64_t rows_;
     bool grouped_;
@@ -322,7 +338,7 @@ class Layer {
     // Experts run one after the other on a CPU, in one launch on a GPU.
     void linear(int64_t rows, const Site& s, bool is_backward, bool grouped) {
         if (!m_.on_cpu) {
-            GpuLinear op(meter_, rows, grouped);
+            GpuLinear op(m_, meter_, rows, grouped);
             is_backward ? op.backward(s) : op.forward({s});
             return;
         }
@@ -338,7 +354,7 @@ class Layer {
             activation(tokens(), s.out);
         }
         if (!m_.on_cpu) {
-            GpuLinear(meter_, tokens(), false).forward(sites);
+            GpuLinear(m_, meter_, tokens(), false).forward(sites);
             return;
         }
         for (const Site& s : sites) {
@@ -447,6 +463,7 @@ void head(
         const int64_t chunk = std::min(rows, std::clamp<int64_t>(fit, 128, 16384));
         meter.take(chunk * vocabulary * kF32);
         meter.take(chunk * (kRowBytes + ceil_div(vocabulary, 1024) * kTileBytes));
+        decode_first(m, meter, chunk, m.packed.head, vocabulary * m.config.width);
         if (backward) {
             meter.take(chunk * vocabulary * 2);
             constexpr int64_t kSegment = 4096;  // head_backward of dense_cuda.cu: parts added up
@@ -455,6 +472,7 @@ void head(
             if (parts > 1) {
                 meter.take(parts * chunk * m.config.width * kF32);
             }
+            decode_first(m, meter, chunk, m.packed.head, vocabulary * m.config.width);
         }
         return;
     }
@@ -517,6 +535,7 @@ ScratchModel scratch_model(
     m.on_cpu = device.is_cpu();
     m.isa = device.isa;
     m.threads = device.threads->num_threads();
+    m.decodes_first = cuda::decodes_first(device);
     return m;
 }
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "adapter/adapter.h"
-#include "model/model.h"
+#include "model/base_bytes.h"
 #include "ops/logprob.h"
 
 namespace orbit {
@@ -20,8 +20,10 @@ struct ScratchModel {
     bool on_cpu = true;
     CpuIsa isa = CpuIsa::kReference;
     int64_t threads = 1;
-    DequantOptions dequant;  // of experts
-    int64_t staged = 0;      // bytes for the experts of a layer that stays in host memory
+    DequantOptions dequant;      // of experts
+    int64_t staged = 0;          // bytes for the experts of a layer that stays in host memory
+    bool decodes_first = false;  // the device does (ops/decoded_weights.h)
+    PackedParts packed;
 };
 
 ScratchModel scratch_model(

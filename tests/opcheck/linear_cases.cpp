@@ -343,6 +343,60 @@ void add_many_rows_cases(CaseList& cases) {
     }
 }
 
+// Many rows of packed weights: decoded first. The last ones are cut into pieces.
+void add_decoded_cases(CaseList& cases) {
+    const auto add = [&](const char* op, const Shape& s, Case (*make)(const Shape&, Random&)) {
+        Case c;
+        c.op = op;
+        c.name = name_of(s);
+        c.gpu_only = true;
+        c.prepare = [s, make](Case& self) {
+            Random random(1);
+            self = make(s, random);
+            self.gpu_only = true;
+            self.reference = nullptr;  // too slow at these sizes
+        };
+        cases.push_back(std::move(c));
+    };
+    const auto linear_of = [](const Shape& s, Random& random) {
+        return linear_case(s, make_weight(s.format, s.out, s.in, random), random);
+    };
+    const auto add_all = [&](WeightFormat format, int64_t in, int64_t out) {
+        Shape s{format, 1100, in, out};
+        add("linear_f32_out", s, f32_out_case);
+        s.adapter = AdapterKind::kLora;
+        s.adapter_size = 24;
+        s.residual = true;
+        add("linear_dx", s, dx_case);
+        s.bias = true;
+        add("linear", s, linear_of);
+    };
+    for (const WeightFormat format :
+         {WeightFormat::kInt4,
+          WeightFormat::kQ8_0,
+          WeightFormat::kQ4_0,
+          WeightFormat::kQ4_1,
+          WeightFormat::kFp8,
+          WeightFormat::kMxFp4,
+          WeightFormat::kNvFp4}) {
+        add_all(format, 1056, 2000);  // one segment
+        add_all(format, 2336, 1032);  // two
+    }
+    for (const WeightFormat format : {WeightFormat::kInt4, WeightFormat::kFp8}) {
+        add("linear_f32_out", {format, 1100, 4128, 9000}, f32_out_case);
+        Shape s{format, 1100, 9056, 4200};
+        s.adapter = AdapterKind::kLora;
+        s.adapter_size = 16;
+        add("linear_dx", s, dx_case);
+    }
+    Shape s{WeightFormat::kInt4, 1100, 4128, 9000};
+    s.adapter = AdapterKind::kLora;
+    s.adapter_size = 16;
+    s.bias = true;
+    s.residual = true;
+    add("linear", s, linear_of);
+}
+
 // Shapes that bring in each of the GPU's kernels: a row alone takes the decode kernel, the whole
 // batch one of the tiles, with a contraction in one piece, in two and in four. All rows must have
 // the same bits.
@@ -543,6 +597,7 @@ void add_linear_cases(CaseList& cases) {
     }
     add_gpu_cases(cases);
     add_many_rows_cases(cases);
+    add_decoded_cases(cases);
     add_perf_cases(cases);
     add_rate_cases(cases);
 }
