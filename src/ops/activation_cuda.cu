@@ -35,6 +35,8 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(
     const bf16* gate, const bf16* up, const bf16* dy, bf16* dgate, bf16* dup, int64_t count
 ) {
+    release_successor();
+    wait_for_predecessor();
     const int64_t i = group_index();
     if (8 * i >= count) {
         return;
@@ -57,6 +59,8 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(
 
 __global__ void __launch_bounds__(kThreads)
     add_kernel(const bf16* a, const bf16* b, bf16* y, int64_t count) {
+    release_successor();
+    wait_for_predecessor();
     const int64_t i = group_index();
     if (8 * i >= count) {
         return;
@@ -100,7 +104,12 @@ void swiglu_backward(Stream& stream, Tensor gate, Tensor up, Tensor dy, Tensor d
     if (count == 0) {
         return;
     }
-    swiglu_backward_kernel<<<blocks_for(count), kThreads, 0, queue_of(stream)>>>(
+    launch_early(
+        swiglu_backward_kernel,
+        dim3(blocks_for(count)),
+        kThreads,
+        0,
+        queue_of(stream),
         activations(gate),
         activations(up),
         activations(dy),
@@ -108,7 +117,6 @@ void swiglu_backward(Stream& stream, Tensor gate, Tensor up, Tensor dy, Tensor d
         activations(dup),
         count
     );
-    LAUNCH_CHECK();
 }
 
 void add(Stream& stream, Tensor a, Tensor b, Tensor y) {
@@ -116,10 +124,17 @@ void add(Stream& stream, Tensor a, Tensor b, Tensor y) {
     if (count == 0) {
         return;
     }
-    add_kernel<<<blocks_for(count), kThreads, 0, queue_of(stream)>>>(
-        activations(a), activations(b), activations(y), count
+    launch_early(
+        add_kernel,
+        dim3(blocks_for(count)),
+        kThreads,
+        0,
+        queue_of(stream),
+        activations(a),
+        activations(b),
+        activations(y),
+        count
     );
-    LAUNCH_CHECK();
 }
 
 }  // namespace orbit::cuda

@@ -122,6 +122,8 @@ __global__ void __launch_bounds__(kThreads) low_rank_gradient_plain_kernel(LowRa
 __global__ void __launch_bounds__(kThreads) add_partials_kernel(
     const float* partial, int32_t num_partials, int64_t count, float scale, float* grad
 ) {
+    release_successor();
+    wait_for_predecessor();
     const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= count) {
         return;
@@ -164,10 +166,18 @@ void add_partials(
     float scale,
     float* grad
 ) {
-    add_partials_kernel<<<grid_dim(ceil_div(count, kThreads)), kThreads, 0, queue>>>(
-        partial, num_partials, count, scale, grad
+    launch_early(
+        add_partials_kernel,
+        dim3(grid_dim(ceil_div(count, kThreads))),
+        kThreads,
+        0,
+        queue,
+        partial,
+        num_partials,
+        count,
+        scale,
+        grad
     );
-    LAUNCH_CHECK();
 }
 
 void low_rank_gradient(Stream& stream, const LowRankGradient& a) {

@@ -32,6 +32,8 @@ struct PageWriteArgs {
 };
 
 __global__ void __launch_bounds__(256) write_pages_kernel(PageWriteArgs a) {
+    release_successor();
+    wait_for_predecessor();
     const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
     if (index >= a.count) {
         return;
@@ -225,6 +227,8 @@ __device__ __forceinline__ void decode_row(
 template <int kHeadDim, bool kAllShort>
 __global__ void __launch_bounds__(kDecodeThreads) attention_decode_kernel(AttentionArgs a) {
     extern __shared__ __align__(1024) char shared[];
+    release_successor();
+    wait_for_predecessor();
     int32_t token = static_cast<int32_t>(blockIdx.x);
     int32_t sequence = 0;
     if constexpr (kAllShort) {
@@ -352,8 +356,7 @@ void write_pages(cudaStream_t queue, const AttentionParams& p) {
     a.kv_heads = static_cast<int32_t>(p.k.shape[1]);
     a.head_granules = static_cast<int32_t>(head_dim / 8);
     a.count = p.k.numel() / 8;
-    write_pages_kernel<<<grid_dim(ceil_div(a.count, 256)), 256, 0, queue>>>(a);
-    LAUNCH_CHECK();
+    launch_early(write_pages_kernel, dim3(grid_dim(ceil_div(a.count, 256))), 256, 0, queue, a);
 }
 
 template <int kHeadDim>
@@ -366,17 +369,16 @@ void launch_attention(cudaStream_t queue, const AttentionArgs& a) {
         const auto kernel = attention_decode_kernel<kHeadDim, true>;
         allow_shared_memory(kernel, kDecodeBytes);
         const dim3 grid(grid_dim(a.num_tokens), kv_heads, groups);
-        kernel<<<grid, kDecodeThreads, kDecodeBytes, queue>>>(a);
-        LAUNCH_CHECK();
+        launch_early(kernel, grid, kDecodeThreads, kDecodeBytes, queue, a);
         return;
     }
     const int64_t short_rows =
         std::min<int64_t>(a.num_tokens, int64_t{kShortRows} * a.num_sequences);
     const auto decode = attention_decode_kernel<kHeadDim, false>;
     allow_shared_memory(decode, kDecodeBytes);
-    decode<<<dim3(grid_dim(short_rows), kv_heads, groups), kDecodeThreads, kDecodeBytes, queue>>>(a
+    launch_early(
+        decode, dim3(grid_dim(short_rows), kv_heads, groups), kDecodeThreads, kDecodeBytes, queue, a
     );
-    LAUNCH_CHECK();
     if (has_wgmma()) {
         launch_prefill_wgmma(queue, a, kHeadDim);
         return;

@@ -110,6 +110,8 @@ next_expert(const float (&s)[kExpertsPerLane], uint32_t taken, int32_t experts) 
 }
 
 __global__ void __launch_bounds__(32 * kRouteWarps) route_kernel(RouteArgs a) {
+    release_successor();
+    wait_for_predecessor();
     const int lane = threadIdx.x & 31;
     const int64_t token = static_cast<int64_t>(blockIdx.x) * kRouteWarps + (threadIdx.x >> 5);
     if (token >= a.tokens) {
@@ -164,6 +166,8 @@ __global__ void __launch_bounds__(32 * kRouteWarps) route_kernel(RouteArgs a) {
 // Block e counts the rows of expert e.
 __global__ void __launch_bounds__(kSortThreads)
     count_kernel(const int32_t* expert, int64_t rows, int32_t* counts) {
+    release_successor();
+    wait_for_predecessor();
     __shared__ int32_t shared[kSortThreads / 32];
     int32_t count = 0;
     for (int64_t i = threadIdx.x; i < rows; i += kSortThreads) {
@@ -177,6 +181,8 @@ __global__ void __launch_bounds__(kSortThreads)
 
 // offsets[e] = counts[0] + ... + counts[e - 1], in place: counts lie at offsets + 1. One warp.
 __global__ void offsets_kernel(int32_t* offsets, int32_t experts) {
+    release_successor();
+    wait_for_predecessor();
     const int lane = threadIdx.x;
     int32_t carry = 0;
     for (int32_t first = 0; first < experts; first += 32) {
@@ -198,6 +204,8 @@ __global__ void offsets_kernel(int32_t* offsets, int32_t experts) {
 
 // Block e gives the rows of expert e their places, in the order of tokens.
 __global__ void __launch_bounds__(kSortThreads) place_kernel(Routing r, int64_t rows) {
+    release_successor();
+    wait_for_predecessor();
     __shared__ int32_t warps[kSortThreads / 32];
     const int lane = threadIdx.x & 31;
     const int warp = threadIdx.x >> 5;
@@ -231,6 +239,8 @@ __global__ void __launch_bounds__(kSortThreads) place_kernel(Routing r, int64_t 
 // dz = s (ds - sum_j ds_j s_j), ds of the chosen from their weights; 1.6 of models.md.
 __global__ void __launch_bounds__(32 * kRouteWarps)
     route_backward_kernel(Routing r, bool normalize, const float* d_weight, float* dz) {
+    release_successor();
+    wait_for_predecessor();
     const int lane = threadIdx.x & 31;
     const int64_t token = static_cast<int64_t>(blockIdx.x) * kRouteWarps + (threadIdx.x >> 5);
     if (token >= r.num_tokens) {
@@ -265,6 +275,8 @@ __global__ void __launch_bounds__(32 * kRouteWarps)
 // y[r] = x[token_of[r]].
 __global__ void __launch_bounds__(kThreads)
     dispatch_kernel(const bf16* x, const int32_t* token_of, bf16* y, int64_t cols) {
+    release_successor();
+    wait_for_predecessor();
     const bf16* from = x + token_of[blockIdx.x] * cols;
     bf16* to = y + blockIdx.x * cols;
     const bool aligned = cols % 8 == 0;
@@ -286,6 +298,8 @@ struct CombineArgs {
 };
 
 __global__ void __launch_bounds__(kThreads) combine_kernel(CombineArgs a) {
+    release_successor();
+    wait_for_predecessor();
     const int64_t token = blockIdx.x;
     const bool aligned = a.cols % 8 == 0;
     const Eight zero{};
@@ -316,6 +330,8 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(CombineArgs a) {
 __global__ void __launch_bounds__(kThreads) combine_backward_kernel(
     Routing r, const bf16* x, const bf16* dy, bf16* dx, float* d_weight, int64_t cols
 ) {
+    release_successor();
+    wait_for_predecessor();
     __shared__ float shared[kThreads / 32];
     const int64_t at = blockIdx.x;
     const bf16* g = dy + at / r.num_selected * cols;
@@ -346,18 +362,16 @@ int64_t rows_of(const Routing& r) {
 void sort_rows(cudaStream_t queue, const Routing& r) {
     const unsigned blocks = grid_dim(r.num_experts);
     const int64_t rows = rows_of(r);
-    count_kernel<<<blocks, kSortThreads, 0, queue>>>(r.expert, rows, r.offsets + 1);
-    LAUNCH_CHECK();
-    offsets_kernel<<<1, 32, 0, queue>>>(r.offsets, r.num_experts);
-    LAUNCH_CHECK();
-    place_kernel<<<blocks, kSortThreads, 0, queue>>>(r, rows);
-    LAUNCH_CHECK();
+    launch_early(count_kernel, dim3(blocks), kSortThreads, 0, queue, r.expert, rows, r.offsets + 1);
+    launch_early(offsets_kernel, dim3(1), 32, 0, queue, r.offsets, r.num_experts);
+    launch_early(place_kernel, dim3(blocks), kSortThreads, 0, queue, r, rows);
 }
 
 void launch_combine(Stream& stream, const Routing& r, const CombineArgs& args) {
     if (r.num_tokens > 0) {
-        combine_kernel<<<grid_dim(r.num_tokens), kThreads, 0, queue_of(stream)>>>(args);
-        LAUNCH_CHECK();
+        launch_early(
+            combine_kernel, dim3(grid_dim(r.num_tokens)), kThreads, 0, queue_of(stream), args
+        );
     }
 }
 
@@ -385,9 +399,14 @@ void route(Stream& stream, const RouterParams& p, const Routing& r) {
         p.layer,
         p.record,
         p.replay};
-    route_kernel<<<grid_dim(ceil_div(r.num_tokens, kRouteWarps)), 32 * kRouteWarps, 0, queue>>>(args
+    launch_early(
+        route_kernel,
+        dim3(grid_dim(ceil_div(r.num_tokens, kRouteWarps))),
+        32 * kRouteWarps,
+        0,
+        queue,
+        args
     );
-    LAUNCH_CHECK();
     sort_rows(queue, r);
 }
 
@@ -399,12 +418,17 @@ void route_backward(
     }
     const ScratchScope scope(stream.scratch);
     const Tensor dz = stream.scratch.take(DType::kF32, {r.num_tokens, r.num_experts});
-    route_backward_kernel<<<
-        grid_dim(ceil_div(r.num_tokens, kRouteWarps)),
+    launch_early(
+        route_backward_kernel,
+        dim3(grid_dim(ceil_div(r.num_tokens, kRouteWarps))),
         32 * kRouteWarps,
         0,
-        queue_of(stream)>>>(r, p.normalize, d_weight, dz.as<float>());
-    LAUNCH_CHECK();
+        queue_of(stream),
+        r,
+        p.normalize,
+        d_weight,
+        dz.as<float>()
+    );
     const Tensor from_router = stream.scratch.take(dx.dtype, {dx.rows(), dx.cols()});
     cuda::linear_f32_out_backward(stream, dz, p.weight, from_router);
     cuda::add(stream, dx, from_router, dx);
@@ -412,10 +436,17 @@ void route_backward(
 
 void dispatch_rows(Stream& stream, const Routing& r, Tensor x, Tensor y) {
     if (rows_of(r) > 0) {
-        dispatch_kernel<<<grid_dim(rows_of(r)), kThreads, 0, queue_of(stream)>>>(
-            activations(x), r.token_of, activations(y), x.cols()
+        launch_early(
+            dispatch_kernel,
+            dim3(grid_dim(rows_of(r))),
+            kThreads,
+            0,
+            queue_of(stream),
+            activations(x),
+            r.token_of,
+            activations(y),
+            x.cols()
         );
-        LAUNCH_CHECK();
     }
 }
 
@@ -442,10 +473,19 @@ void combine_rows_backward(
     Stream& stream, const Routing& r, Tensor x, Tensor dy, Tensor dx, float* d_weight
 ) {
     if (rows_of(r) > 0) {
-        combine_backward_kernel<<<grid_dim(rows_of(r)), kThreads, 0, queue_of(stream)>>>(
-            r, activations(x), activations(dy), activations(dx), d_weight, dy.cols()
+        launch_early(
+            combine_backward_kernel,
+            dim3(grid_dim(rows_of(r))),
+            kThreads,
+            0,
+            queue_of(stream),
+            r,
+            activations(x),
+            activations(dy),
+            activations(dx),
+            d_weight,
+            dy.cols()
         );
-        LAUNCH_CHECK();
     }
 }
 

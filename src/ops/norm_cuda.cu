@@ -56,6 +56,8 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(
     bf16* dx,
     bool accumulate
 ) {
+    release_successor();
+    wait_for_predecessor();
     __shared__ float shared[kWarps];
     const bool aligned = width % 8 == 0;
     const int64_t offset = blockIdx.x * width;
@@ -120,10 +122,20 @@ void rms_norm_backward(
     if (x.rows() == 0) {
         return;
     }
-    rms_norm_backward_kernel<<<grid_dim(x.rows()), kThreads, 0, queue_of(stream)>>>(
-        activations(x), weight, eps, x.cols(), activations(dy), activations(dx), accumulate
+    launch_early(
+        rms_norm_backward_kernel,
+        dim3(grid_dim(x.rows())),
+        kThreads,
+        0,
+        queue_of(stream),
+        activations(x),
+        weight,
+        eps,
+        x.cols(),
+        activations(dy),
+        activations(dx),
+        accumulate
     );
-    LAUNCH_CHECK();
 }
 
 }  // namespace orbit::cuda

@@ -90,6 +90,8 @@ __device__ __forceinline__ bool take_expert(RotateArgs& a, int32_t& row0) {
 
 template <int kBlock, bool kTranspose>
 __global__ void __launch_bounds__(kRotateThreads) rotate_kernel(RotateArgs a) {
+    release_successor();
+    wait_for_predecessor();
     extern __shared__ __align__(1024) char shared[];
     using Shared = RotateShared<kBlock>;
     const int lane = threadIdx.x & 31;
@@ -198,8 +200,7 @@ void launch_rotate(cudaStream_t queue, const RotateArgs& a) {
     if (a.offsets != nullptr) {
         const int64_t tiles = ceil_div(a.rows, kRotateRows) + std::min(a.rows, a.experts);
         const dim3 grid(grid_dim(ceil_div(a.width, kWindow)), grid_dim_yz(tiles));
-        kernel<<<grid, kRotateThreads, RotateShared<kBlock>::kBytes, queue>>>(a);
-        LAUNCH_CHECK();
+        launch_early(kernel, grid, kRotateThreads, RotateShared<kBlock>::kBytes, queue, a);
         return;
     }
     constexpr int32_t kSlice = 32768 * kRotateRows;
@@ -211,8 +212,7 @@ void launch_rotate(cudaStream_t queue, const RotateArgs& a) {
         const dim3 grid(
             grid_dim(ceil_div(a.width, kWindow)), grid_dim_yz(ceil_div(part.rows, kRotateRows))
         );
-        kernel<<<grid, kRotateThreads, RotateShared<kBlock>::kBytes, queue>>>(part);
-        LAUNCH_CHECK();
+        launch_early(kernel, grid, kRotateThreads, RotateShared<kBlock>::kBytes, queue, part);
     }
 }
 
