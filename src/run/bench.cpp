@@ -281,15 +281,19 @@ class Bench {
         }
         for (const bool down : {false, true}) {
             for (const int64_t rows : {1, 8, 64, 256, 1024}) {
-                grouped_rows(down, rows, false);
-                if (rows >= 256 && model_.layers[0].moe->gate.w[0].scale_bytes() > 0) {
-                    grouped_rows(down, rows, true);
+                grouped_rows(down, rows, 0);
+                if (rows < 256 || model_.layers[0].moe->gate.w[0].scale_bytes() == 0) {
+                    continue;
+                }
+                for (const int64_t mib : {16, 64, 256}) {
+                    grouped_rows(down, rows, mib << 20);
                 }
             }
         }
     }
 
-    void grouped_rows(bool down, int64_t rows_each, bool decode_first) {
+    // `dequant_bytes`: room for experts decoded first; 0: decoded inside the product.
+    void grouped_rows(bool down, int64_t rows_each, int64_t dequant_bytes) {
         const ScratchScope scope(stream_.scratch);
         const auto weights = [&](int i) -> const std::vector<QuantizedMatrix>& {
             const auto& moe = model_.layers[static_cast<size_t>(i) % model_.layers.size()].moe;
@@ -308,8 +312,8 @@ class Bench {
         copy_to_device(stream_, offsets.data, first.data(), first.size() * sizeof(int32_t));
         fill(x);
         std::optional<DequantBuffer> buffer;
-        if (decode_first) {
-            buffer.emplace(stream_, std::min(DequantOptions{}.bytes, count * w.rows * w.cols * 2));
+        if (dequant_bytes > 0) {
+            buffer.emplace(stream_, dequant_bytes);
         }
         DequantBuffer* dequant = buffer ? &*buffer : nullptr;
         const auto params = [&](int i) {
@@ -329,7 +333,7 @@ class Bench {
             rows_each,
             w.rows,
             w.cols,
-            decode_first ? " decoded first" : ""
+            dequant_bytes > 0 ? fmt::format(" decoded first, {} MiB", dequant_bytes >> 20) : ""
         );
         const auto report = [&](const char* what, double seconds) {
             row.what = what;
