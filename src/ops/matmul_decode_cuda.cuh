@@ -347,47 +347,61 @@ __device__ __forceinline__ void multiply_segment(
     for (int t = 0; t < kTiles; ++t) {
         x_row[t] = a.x + min((lane >> 2) + 8 * t, a.m - 1) * a.ldx + 2 * (lane & 3);
     }
-    LaneX<kTiles> next;
-    LaneX<kTiles> after;
-    next.load(x_row, k_begin, k_end - k_begin);
-    after.load(x_row, k_begin + 64, k_end - k_begin - 64);
-    using Rows = ChunkRows<kFormat, kStages>;
-    // What lies past the segment's end is not multiplied: its scales may be anything.
-    const auto multiply_64 = [&](const Rows& rows, int sub, int steps) {
-        const int32_t k = rows.k0 + sub * 64;
-        const LaneX<kTiles> x = next;
-        next = after;
-        after.load(x_row, k + 128, k_end - k - 128);
-        uint32_t w[4][4];
-        rows.fragments(a, 2 * sub, w);
+    // x comes from L2, whose latency is that of a few steps of 64 columns.
+    constexpr int kAhead = 4;
+    constexpr int kChunkSteps = Layout::kChunk / 64;
+    static_assert(kAhead % kChunkSteps == 0);
+    LaneX<kTiles> x[kAhead];
 #pragma unroll
-        for (int step = 0; step < 4; ++step) {
-            if (step < steps) {
+    for (int i = 0; i < kAhead; ++i) {
+        x[i].load(x_row, k_begin + 64 * i, k_end - k_begin - 64 * i);
+    }
+    // `inside`: these 64 columns and those kAhead steps on are inside the segment.
+    const auto multiply_64 =
+        [&](const ChunkRows<kFormat, kStages>& rows, int sub, LaneX<kTiles>& v, auto inside) {
+            const int32_t k = rows.k0 + sub * 64;
+            uint32_t w[4][4];
+            rows.fragments(a, 2 * sub, w);
 #pragma unroll
-                for (int t = 0; t < kTiles; ++t) {
-                    mma_16816(acc[t], w[step], x.value[t][step][0], x.value[t][step][1]);
+            for (int step = 0; step < 4; ++step) {
+                // Past the segment's end scales may be anything.
+                if (inside.value || k + 16 * step < k_end) {
+#pragma unroll
+                    for (int t = 0; t < kTiles; ++t) {
+                        mma_16816(acc[t], w[step], v.value[t][step][0], v.value[t][step][1]);
+                    }
+                }
+            }
+            v.load(x_row, k + 64 * kAhead, inside.value ? 64 : k_end - k - 64 * kAhead);
+        };
+    const int32_t steps = (k_end - k_begin + 63) / 64;
+    const auto multiply_ahead = [&](int32_t first, auto inside) {
+#pragma unroll
+        for (int chunk = 0; chunk < kAhead / kChunkSteps; ++chunk) {
+            const int32_t c = first / kChunkSteps + chunk;
+            if (!inside.value && c * kChunkSteps >= steps) {
+                break;
+            }
+            copy_async_wait<kStages - 2>();
+            __syncwarp();  // Every lane's bytes are there, and every lane left the stage of c - 1.
+            stream.issue(a, k_begin, k_end);
+            const ChunkRows<kFormat, kStages> rows(a, stream, c, k_begin + c * Layout::kChunk);
+#pragma unroll
+            for (int sub = 0; sub < kChunkSteps; ++sub) {
+                if (inside.value || c * kChunkSteps + sub < steps) {
+                    multiply_64(rows, sub, x[chunk * kChunkSteps + sub], inside);
                 }
             }
         }
     };
-    const int32_t chunks = (k_end - k_begin + Layout::kChunk - 1) / Layout::kChunk;
+    int32_t first = 0;
 #pragma unroll 1
-    for (int32_t c = 0; c < chunks; ++c) {
-        copy_async_wait<kStages - 2>();
-        __syncwarp();  // Every lane's bytes are there, and every lane left the stage of c - 1.
-        stream.issue(a, k_begin, k_end);
-        const Rows rows(a, stream, c, k_begin + c * Layout::kChunk);
-        if (rows.k0 + Layout::kChunk <= k_end) {
-#pragma unroll
-            for (int sub = 0; sub < Layout::kChunk / 64; ++sub) {
-                multiply_64(rows, sub, 4);
-            }
-        } else {
+    for (; (first + 2 * kAhead) * 64 <= k_end - k_begin; first += kAhead) {
+        multiply_ahead(first, std::true_type{});
+    }
 #pragma unroll 1
-            for (int sub = 0; rows.k0 + sub * 64 < k_end; ++sub) {
-                multiply_64(rows, sub, (min(k_end - rows.k0 - sub * 64, 64) + 15) / 16);
-            }
-        }
+    for (; first < steps; first += kAhead) {
+        multiply_ahead(first, std::false_type{});
     }
 }
 

@@ -289,14 +289,30 @@ void add_correctness_cases(CaseList& cases) {
     }
 }
 
+Case full_linear_case(const Shape& s, Random& random) {
+    return linear_case(s, make_weight(s.format, s.out, s.in, random), random);
+}
+
+// Compares rows only, the reference is too slow at these sizes; made just before it runs.
+void add_rows_case(
+    CaseList& cases, const char* op, const Shape& s, Case (*make)(const Shape&, Random&)
+) {
+    Case c;
+    c.op = op;
+    c.name = name_of(s);
+    c.gpu_only = true;
+    c.prepare = [s, make](Case& self) {
+        Random random(1);
+        self = make(s, random);
+        self.gpu_only = true;
+        self.reference = nullptr;
+    };
+    cases.push_back(std::move(c));
+}
+
 // Many rows of a bf16 weight: the kernel of pairs of blocks, in its two widths, with one segment
 // and several, more tiles than multiprocessors, and edges in every direction.
 void add_many_rows_cases(CaseList& cases) {
-    const auto add = [&](Case c) {
-        c.gpu_only = true;
-        c.reference = nullptr;  // too slow at these sizes
-        cases.push_back(std::move(c));
-    };
     const auto bf16_shape = [](int64_t rows, int64_t in, int64_t out) {
         Shape s;
         s.rows = rows;
@@ -310,8 +326,7 @@ void add_many_rows_cases(CaseList& cases) {
           bf16_shape(1300, 2336, 1003),     // two segments, columns not in eights
           bf16_shape(2500, 2080, 4104),     // two, many tiles
           bf16_shape(1025, 4320, 1160)}) {  // four
-        Random random(cases.size() + 1);
-        add(f32_out_case(s, random));
+        add_rows_case(cases, "linear_f32_out", s, f32_out_case);
     }
     const auto with_lora = [&](Shape s, int64_t rank, bool bias, bool residual) {
         s.adapter = rank > 0 ? AdapterKind::kLora : AdapterKind::kNone;
@@ -329,8 +344,7 @@ void add_many_rows_cases(CaseList& cases) {
           with_lora(bf16_shape(1100, 1088, 2008), 136, false, false),
           with_lora(bf16_shape(1100, 1088, 2008), 4, false, true),
           with_lora(bf16_shape(1100, 1088, 2008), 0, true, true)}) {
-        Random random(cases.size() + 1);
-        add(linear_case(s, make_weight(s.format, s.out, s.in, random), random));
+        add_rows_case(cases, "linear", s, full_linear_case);
     }
     for (const Shape& s :
          {with_lora(bf16_shape(1100, 2008, 1088), 16, false, false),
@@ -338,38 +352,21 @@ void add_many_rows_cases(CaseList& cases) {
           with_lora(bf16_shape(1100, 2008, 4200), 16, false, true),    // two segments
           with_lora(bf16_shape(2500, 4104, 8264), 136, false, false),  // three, many
           with_lora(bf16_shape(1100, 2008, 1096), 0, false, true)}) {
-        Random random(cases.size() + 1);
-        add(dx_case(s, random));
+        add_rows_case(cases, "linear_dx", s, dx_case);
     }
 }
 
 // Many rows of packed weights: decoded first. The last ones are cut into pieces.
 void add_decoded_cases(CaseList& cases) {
-    const auto add = [&](const char* op, const Shape& s, Case (*make)(const Shape&, Random&)) {
-        Case c;
-        c.op = op;
-        c.name = name_of(s);
-        c.gpu_only = true;
-        c.prepare = [s, make](Case& self) {
-            Random random(1);
-            self = make(s, random);
-            self.gpu_only = true;
-            self.reference = nullptr;  // too slow at these sizes
-        };
-        cases.push_back(std::move(c));
-    };
-    const auto linear_of = [](const Shape& s, Random& random) {
-        return linear_case(s, make_weight(s.format, s.out, s.in, random), random);
-    };
     const auto add_all = [&](WeightFormat format, int64_t in, int64_t out) {
         Shape s{format, 1100, in, out};
-        add("linear_f32_out", s, f32_out_case);
+        add_rows_case(cases, "linear_f32_out", s, f32_out_case);
         s.adapter = AdapterKind::kLora;
         s.adapter_size = 24;
         s.residual = true;
-        add("linear_dx", s, dx_case);
+        add_rows_case(cases, "linear_dx", s, dx_case);
         s.bias = true;
-        add("linear", s, linear_of);
+        add_rows_case(cases, "linear", s, full_linear_case);
     };
     for (const WeightFormat format :
          {WeightFormat::kInt4,
@@ -383,36 +380,29 @@ void add_decoded_cases(CaseList& cases) {
         add_all(format, 2336, 1032);  // two
     }
     for (const WeightFormat format : {WeightFormat::kInt4, WeightFormat::kFp8}) {
-        add("linear_f32_out", {format, 1100, 4128, 9000}, f32_out_case);
+        add_rows_case(cases, "linear_f32_out", {format, 1100, 4128, 9000}, f32_out_case);
         Shape s{format, 1100, 9056, 4200};
         s.adapter = AdapterKind::kLora;
         s.adapter_size = 16;
-        add("linear_dx", s, dx_case);
+        add_rows_case(cases, "linear_dx", s, dx_case);
     }
     Shape s{WeightFormat::kInt4, 1100, 4128, 9000};
     s.adapter = AdapterKind::kLora;
     s.adapter_size = 16;
     s.bias = true;
     s.residual = true;
-    add("linear", s, linear_of);
+    add_rows_case(cases, "linear", s, full_linear_case);
 }
 
 // Shapes that bring in each of the GPU's kernels: a row alone takes the decode kernel, the whole
 // batch one of the tiles, with a contraction in one piece, in two and in four. All rows must have
 // the same bits.
 void add_gpu_cases(CaseList& cases) {
-    const auto only_rows = [](Case c) {
-        c.gpu_only = true;
-        c.reference = nullptr;  // too slow at these sizes
-        return c;
-    };
     const auto add_linear = [&](const Shape& s) {
-        add_case(cases, s);
-        cases.back() = only_rows(cases.back());
+        add_rows_case(cases, "linear", s, full_linear_case);
     };
     const auto add_f32_out = [&](const Shape& s) {
-        Random random(cases.size() + 1);
-        cases.push_back(only_rows(f32_out_case(s, random)));
+        add_rows_case(cases, "linear_f32_out", s, f32_out_case);
     };
     for (const WeightFormat format :
          {WeightFormat::kBF16,
@@ -427,16 +417,20 @@ void add_gpu_cases(CaseList& cases) {
         add_f32_out({format, 150, 2336, 96});   // two
         add_f32_out({format, 13, 4320, 48});    // four; up to 16 rows
         add_f32_out({format, 70, 4320, 48});
+        add_f32_out({format, 24, 2336, 300});     // up to 32 rows
+        add_f32_out({format, 64, 1056, 8224});    // up to 64 rows, in one piece
+        add_f32_out({format, 41, 4320, 200});     // in four
         add_f32_out({format, 300, 96, 8224});     // the widest tile
         add_f32_out({format, 1000, 2080, 1600});  // the same, in two pieces
         for (const Shape& s :
              {Shape{format, 1300, 1280, 96},
               Shape{format, 300, 288, 136},
               Shape{format, 1290, 1312, 4200}}) {
-            Random random(cases.size() + 1);
-            cases.push_back(only_rows(dx_case(s, random)));
+            add_rows_case(cases, "linear_dx", s, dx_case);
         }
         const DType bf16_type = DType::kBF16;
+        add_linear({format, 40, 4352, 200, bf16_type, AdapterKind::kLora, 16, true, true});
+        add_linear({format, 20, 1088, 192, bf16_type, AdapterKind::kLora, 40, false, true});
         add_linear({format, 200, 1088, 192, bf16_type, AdapterKind::kLora, 16, true, true});
         add_linear({format, 200, 2304, 192, bf16_type, AdapterKind::kLora, 32, false, true});
         add_linear({format, 200, 1088, 192, bf16_type, AdapterKind::kOft, 32, true, true});
