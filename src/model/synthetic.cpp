@@ -96,6 +96,14 @@ class HostMatrix {
         const uint32_t mask = format == WeightFormat::kFp8 ? 0xbfbfbfbfu : ~0u;
         words_.resize(static_cast<size_t>(rows * row_bytes(format, cols) / 4));
         pool.draw(words_, mask);
+        if (format == WeightFormat::kInt4) {
+            // Code 0 stands for -8, the others are even about 8: without it the mean is 0, and
+            // tokens do not all come to look alike (and choose the same experts).
+            for (uint32_t& word : words_) {
+                const uint32_t zeros = ~(word | word >> 1 | word >> 2 | word >> 3) & 0x11111111u;
+                word |= zeros << 3;
+            }
+        }
         w_.data = words_.data();
         set_scales(scale);
     }
