@@ -6,8 +6,10 @@
 #include <cmath>
 #include <cstring>
 #include <random>
+#include <set>
 #include <vector>
 
+#include "quant/arrange.h"
 #include "quant/quantized_matrix.h"
 
 namespace orbit {
@@ -211,4 +213,5 @@ TEST(Quant, EncodeInt4TiesGoToEven) {
 }
 
 }  // namespace
+
 }  // namespace orbit
