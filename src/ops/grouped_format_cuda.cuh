@@ -13,7 +13,7 @@ constexpr int kGroupedDecodeWarps = 4;
 
 template <WeightFormat kFormat, int kTiles>
 __device__ __forceinline__ void decode_expert(
-    const MatmulArgs& a, WeightStream<kFormat, kDecodeStages>& stream, int32_t row0
+    const MatmulArgs& a, WeightStream<kFormat, kDecodeStages<kFormat>>& stream, int32_t row0
 ) {
     float acc[kTiles][4] = {};
     LoraOperands<kTiles> lora = {};
@@ -45,10 +45,10 @@ __global__ void __launch_bounds__(32 * kGroupedDecodeWarps)
     if (row0 >= a.epilogue.columns) {
         return;
     }
-    WeightStream<kFormat, kDecodeStages>
-        stream(a.w, row0, 0, a.k, shared + warp * kRingBytes<kFormat, kDecodeStages>);
+    WeightStream<kFormat, kDecodeStages<kFormat>>
+        stream(a.w, row0, 0, a.k, shared + warp * kRingBytes<kFormat, kDecodeStages<kFormat>>);
 #pragma unroll 1
-    for (int c = 0; c < kDecodeStages - 1; ++c) {
+    for (int c = 0; c < kDecodeStages<kFormat> - 1; ++c) {
         stream.issue(a, 0, a.k);
     }
     if (a.m <= 8) {
@@ -181,7 +181,7 @@ void launch_best_grouped(cudaStream_t queue, const GroupedArgs& g) {
     if constexpr (!kBackward) {
         if (rows_per_expert <= kDecodeMaxRows) {
             constexpr size_t kShared =
-                size_t{kGroupedDecodeWarps} * kRingBytes<kFormat, kDecodeStages>;
+                size_t{kGroupedDecodeWarps} * kRingBytes<kFormat, kDecodeStages<kFormat>>;
             launch_grouped(
                 queue,
                 g,

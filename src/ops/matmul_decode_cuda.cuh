@@ -11,7 +11,10 @@
 namespace orbit::cuda {
 
 constexpr int32_t kDecodeMaxRows = 16;  // of x
-constexpr int kDecodeStages = 6;
+// Stages of a warp's ring: four warps have to fit the 99 KiB that GPUs other than Hopper's may
+// have.
+template <WeightFormat kFormat>
+constexpr int kDecodeStages = kFormat == WeightFormat::kQ8_0 ? 4 : 6;
 constexpr int kDeepStages = 16;
 constexpr int kDecodeRows = 16;  // weight rows of a warp
 
@@ -37,6 +40,7 @@ struct DecodeLayout {
     static constexpr bool kScalesInRing = kScalesApart<kFormat> && kFormat != WeightFormat::kFp8;
     static constexpr int kScaleStride = kScalesInRing ? 32 : 0;
     static constexpr int kStageBytes = kDecodeRows * (kStride + kScaleStride);
+    static_assert(4 * kDecodeStages<kFormat> * kStageBytes <= 96 * 1024);
 };
 
 template <WeightFormat kFormat, int kStages>
@@ -591,11 +595,11 @@ void launch_decode(cudaStream_t queue, MatmulGroup& group) {
     // A block that is alone on its multiprocessor (LoRA's narrow side) hides the memory's latency
     // by a deeper ring alone.
     if constexpr (kFormat == WeightFormat::kBF16) {
-        if (blocks <= 132) {
+        if (blocks <= 132 && has_wgmma()) {
             return launch_decode_blocks<kFormat, kDeepStages>(queue, group, blocks, num_warps);
         }
     }
-    launch_decode_blocks<kFormat, kDecodeStages>(queue, group, blocks, num_warps);
+    launch_decode_blocks<kFormat, kDecodeStages<kFormat>>(queue, group, blocks, num_warps);
 }
 
 }  // namespace orbit::cuda
