@@ -234,6 +234,14 @@ bool has_wgmma() {
     return major == 9;
 }
 
+int64_t shared_memory_limit() {
+    int device = 0;
+    int bytes = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes;
+}
+
 void matmul_group(
     cudaStream_t queue, WeightFormat format, Direction direction, MatmulGroup& group
 ) {

@@ -221,7 +221,8 @@ int32_t num_segments(int64_t k, int32_t segment);
 
 enum class Direction : uint8_t { kForward, kBackward };
 
-bool has_wgmma();  // of the current device: Hopper
+bool has_wgmma();               // of the current device: Hopper
+int64_t shared_memory_limit();  // of the current device: bytes that one thread block may have
 
 // Runs one member; format and shape pick it. matmul_*_cuda.cu.
 void matmul(cudaStream_t queue, WeightFormat format, Direction direction, const MatmulArgs& args);

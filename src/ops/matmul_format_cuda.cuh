@@ -104,31 +104,31 @@ inline int32_t widest(const MatmulGroup& group) {
     return columns;
 }
 
+// A team for each of `teams` segments where their rings fit; else one team for all of them.
+template <typename Shape, WeightFormat kFormat, bool kSegmented>
+void launch_teams(cudaStream_t queue, MatmulGroup& group, int32_t teams) {
+    const bool fits = int64_t{Shape::kSharedBytes} * teams <= shared_memory_limit();
+    if (fits && teams == 2) {
+        launch_tile<Shape, kFormat, false, false, 2>(queue, group);
+    } else if (fits && teams == 4) {
+        launch_tile<Shape, kFormat, false, false, 4>(queue, group);
+    } else {
+        launch_tile<Shape, kFormat, false, kSegmented>(queue, group);
+    }
+}
+
 // Few rows, few columns: small tiles, and a team for each segment when all products have as many.
 template <WeightFormat kFormat, bool kSegmented>
 void launch_small_tile(cudaStream_t queue, MatmulGroup& group) {
-    const int32_t teams = num_segments(group.args[0].k, group.args[0].segment);
-    bool same = kSegmented;
+    int32_t teams = num_segments(group.args[0].k, group.args[0].segment);
     for (int32_t i = 0; i < group.count; ++i) {
-        same = same && num_segments(group.args[i].k, group.args[i].segment) == teams;
+        const bool same = num_segments(group.args[i].k, group.args[i].segment) == teams;
+        teams = same ? teams : 1;
     }
-    const bool tiny = widest(group) <= TinyTile::kN || count_blocks(group, 64, 32) < 66;
-    if (same && teams == 2) {
-        if (tiny) {
-            launch_tile<TinyTile, kFormat, false, false, 2>(queue, group);
-        } else {
-            launch_tile<NarrowTile, kFormat, false, false, 2>(queue, group);
-        }
-    } else if (same && teams == 4) {
-        if (tiny) {
-            launch_tile<TinyTile, kFormat, false, false, 4>(queue, group);
-        } else {
-            launch_tile<NarrowTile, kFormat, false, false, 4>(queue, group);
-        }
-    } else if (tiny) {
-        launch_tile<TinyTile, kFormat, false, kSegmented>(queue, group);
+    if (widest(group) <= TinyTile::kN || count_blocks(group, 64, 32) < 66) {
+        launch_teams<TinyTile, kFormat, kSegmented>(queue, group, teams);
     } else {
-        launch_tile<NarrowTile, kFormat, false, kSegmented>(queue, group);
+        launch_teams<NarrowTile, kFormat, kSegmented>(queue, group, teams);
     }
 }
 
@@ -151,11 +151,11 @@ void launch_best_tile(cudaStream_t queue, MatmulGroup& group) {
             }
         }
         if (has_wgmma()) {
-            launch_wgmma<kFormat, kBackward, kSegmented>(queue, group);
-        } else {
-            launch_tile<WideTile, kFormat, kBackward, kSegmented>(queue, group);
+            return launch_wgmma<kFormat, kBackward, kSegmented>(queue, group);
         }
-        return;
+        if (WideTile::kSharedBytes <= shared_memory_limit()) {
+            return launch_tile<WideTile, kFormat, kBackward, kSegmented>(queue, group);
+        }
     }
     if constexpr (!kBackward) {
         if (!narrow && group.args[0].m <= kNarrowMaxRows && has_wgmma()) {
