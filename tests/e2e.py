@@ -528,6 +528,7 @@ def test_experts_in_host_memory(folder):
     expect_equal(len(rows), 3, f"rows with equal bits of two decode steps and a training step:\n{table}")
     expect_user_error(orbit("parity", model, "--host-layers", 2), "which is 1 here", "more layers than there are")
     expect_user_error(orbit("parity", MODEL, "--host-layers", 1), "which is 0 here", "a model without experts")
+    expect_user_error(orbit("bench", MODEL, "--host-layers", 1), "which is 0 here", "a bench without experts")
 
 
 def test_tiny_models(_):

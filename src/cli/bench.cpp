@@ -8,6 +8,7 @@
 
 #include "base/file.h"
 #include "cli/commands.h"
+#include "model/base_bytes.h"
 
 namespace orbit {
 namespace {
@@ -85,6 +86,7 @@ int run_bench(const BenchArgs& args) {
         load.host_layers = host_layers;
         const auto model = load_or_make_model(stream, args.model, load, args.shape, args.format);
         name = model->name;
+        check_host_layers(model->config, args.host_layers);
         const auto rows = run_bench_table(stream, *model, options);
         stream.scratch.reserve(0);
         return rows;

@@ -53,11 +53,7 @@ int64_t base_bytes(const ModelConfig& config, const FormatOf& format_of) {
     return total;
 }
 
-HostExperts host_experts(const ModelConfig& config, const FormatOf& format_of, int64_t layers) {
-    HostExperts host;
-    if (layers == 0) {
-        return host;
-    }
+void check_host_layers(const ModelConfig& config, int64_t layers) {
     USER_CHECK(
         layers <= config.num_expert_layers(),
         "moe.host_layers = {} is more than the number of layers with experts, which is {} here; "
@@ -65,6 +61,14 @@ HostExperts host_experts(const ModelConfig& config, const FormatOf& format_of, i
         layers,
         config.num_expert_layers()
     );
+}
+
+HostExperts host_experts(const ModelConfig& config, const FormatOf& format_of, int64_t layers) {
+    HostExperts host;
+    if (layers == 0) {
+        return host;
+    }
+    check_host_layers(config, layers);
     std::vector<int64_t> bytes(static_cast<size_t>(config.num_expert_layers()), 0);
     for (const ExpectedWeight& weight : expected_weights(config)) {
         if (weight.expert_layer >= 0 && config.on_host(weight.expert_layer, layers)) {

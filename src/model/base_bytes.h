@@ -30,6 +30,9 @@ struct HostExperts {
     int64_t staged = 0;  // on the device, for one layer at a time: the largest
 };
 
+// UserError when the model has fewer layers with experts.
+void check_host_layers(const ModelConfig& config, int64_t layers);
+
 HostExperts host_experts(const ModelConfig& config, const FormatOf& format_of, int64_t layers);
 
 // One block of `model`'s arena for the base, one of host memory for the experts that stay there,
