@@ -162,7 +162,7 @@ __device__ __forceinline__ void wgmma_registers(
     float (&d)[kN / 8][4], const uint32_t (&a)[4], uint64_t b
 ) {
     static_assert(kN == 32 || kN == 64 || kN == 128);
-    constexpr int kTransposed = kAcross ? 1 : 0;
+    [[maybe_unused]] constexpr int kTransposed = kAcross ? 1 : 0;
 #if defined(ORBIT_HAS_WGMMA)
     if constexpr (kN == 32) {
         asm volatile(
