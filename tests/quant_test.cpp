@@ -212,6 +212,20 @@ TEST(Quant, EncodeInt4TiesGoToEven) {
     EXPECT_EQ(words[0] & 0xFFFFu, 0x6A8Fu);  // 7, 0, 2, -2
 }
 
-}  // namespace
+// A lane's word holds two columns that lie side by side 16 bits apart, and no two columns meet.
+TEST(Arrange, IsAPermutationOfABlock) {
+    std::set<int> bits;
+    for (int32_t col = 0; col < 32; ++col) {
+        EXPECT_EQ(arranged_word(col), col % 8 / 2) << col;
+        EXPECT_EQ(arranged_word(col + 32), arranged_word(col)) << col;
+        EXPECT_EQ(arranged_shift(col + 32), arranged_shift(col)) << col;
+        EXPECT_EQ(arranged_shift(col | 1), arranged_shift(col & ~1) + 16) << col;
+        EXPECT_EQ(arranged_shift(col & ~1), 4 * (col / 8)) << col;
+        bits.insert(32 * arranged_word(col) + arranged_shift(col));
+    }
+    EXPECT_EQ(bits.size(), 32u);
+    EXPECT_EQ(*bits.rbegin() + 4, 128);
+}
 
+}  // namespace
 }  // namespace orbit
