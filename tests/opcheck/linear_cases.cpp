@@ -356,6 +356,15 @@ void add_many_rows_cases(CaseList& cases) {
     }
 }
 
+constexpr WeightFormat kPackedFormats[] = {
+    WeightFormat::kInt4,
+    WeightFormat::kQ8_0,
+    WeightFormat::kQ4_0,
+    WeightFormat::kQ4_1,
+    WeightFormat::kFp8,
+    WeightFormat::kMxFp4,
+    WeightFormat::kNvFp4};
+
 // Many rows of packed weights: decoded first. The last ones are cut into pieces.
 void add_decoded_cases(CaseList& cases) {
     const auto add_all = [&](WeightFormat format, int64_t in, int64_t out) {
@@ -368,14 +377,7 @@ void add_decoded_cases(CaseList& cases) {
         s.bias = true;
         add_rows_case(cases, "linear", s, full_linear_case);
     };
-    for (const WeightFormat format :
-         {WeightFormat::kInt4,
-          WeightFormat::kQ8_0,
-          WeightFormat::kQ4_0,
-          WeightFormat::kQ4_1,
-          WeightFormat::kFp8,
-          WeightFormat::kMxFp4,
-          WeightFormat::kNvFp4}) {
+    for (const WeightFormat format : kPackedFormats) {
         add_all(format, 1056, 2000);  // one segment
         add_all(format, 2336, 1032);  // two
     }
@@ -404,15 +406,7 @@ void add_gpu_cases(CaseList& cases) {
     const auto add_f32_out = [&](const Shape& s) {
         add_rows_case(cases, "linear_f32_out", s, f32_out_case);
     };
-    for (const WeightFormat format :
-         {WeightFormat::kBF16,
-          WeightFormat::kInt4,
-          WeightFormat::kQ8_0,
-          WeightFormat::kQ4_0,
-          WeightFormat::kQ4_1,
-          WeightFormat::kFp8,
-          WeightFormat::kMxFp4,
-          WeightFormat::kNvFp4}) {
+    const auto add_all = [&](WeightFormat format) {
         add_f32_out({format, 300, 1056, 136});  // one piece
         add_f32_out({format, 150, 2336, 96});   // two
         add_f32_out({format, 13, 4320, 48});    // four; up to 16 rows
@@ -435,6 +429,10 @@ void add_gpu_cases(CaseList& cases) {
         add_linear({format, 200, 2304, 192, bf16_type, AdapterKind::kLora, 32, false, true});
         add_linear({format, 200, 1088, 192, bf16_type, AdapterKind::kOft, 32, true, true});
         add_linear({format, 600, 2304, 192, bf16_type, AdapterKind::kOft, 128});
+    };
+    add_all(WeightFormat::kBF16);
+    for (const WeightFormat format : kPackedFormats) {
+        add_all(format);
     }
 }
 
