@@ -165,15 +165,25 @@ TEST(Plan, OffloadingTakesWhatWasPredicted) {
     }
 }
 
-// Two buffers instead of one for each layer and one for the output; the rest is on the host.
-TEST(Plan, OffloadingMovesLayerInputsToTheHost) {
+ScratchModel demo_scratch() {
     ScratchModel m;
     m.config = open_checkpoint(source_path("models/mini-qwen3-int4"), {.tokenizer = false}).config;
+    return m;
+}
+
+TrainShape large_batch() {
     TrainShape shape;
     shape.tokens = 8192;
     shape.rows = 8192;
     shape.sequences = 4;
     shape.longest = 2048;
+    return shape;
+}
+
+// Two buffers instead of one for each layer and one for the output; the rest is on the host.
+TEST(Plan, OffloadingMovesLayerInputsToTheHost) {
+    ScratchModel m = demo_scratch();
+    TrainShape shape = large_batch();
     const int64_t moved = (m.config.num_layers - 1) * shape.tokens * m.config.width * 2;
     for (const bool on_cpu : {false, true}) {
         m.on_cpu = on_cpu;
@@ -232,12 +242,8 @@ TEST(Plan, PackedPartsAreThoseOfTheFiles) {
 }
 
 TEST(Plan, OffloadingIsSuggestedToAGpuThatIsTooSmall) {
-    ScratchModel m;
-    m.config = open_checkpoint(source_path("models/mini-qwen3-int4"), {.tokenizer = false}).config;
-    TrainShape shape;
-    shape.tokens = 8192;
-    shape.rows = 8192;
-    shape.longest = 2048;
+    ScratchModel m = demo_scratch();
+    TrainShape shape = large_batch();
     Config config;
     const auto refused = [&](bool on_cpu, bool offload, size_t available, size_t host) {
         m.on_cpu = on_cpu;
