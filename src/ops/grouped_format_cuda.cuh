@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(32 * kGroupedDecodeWarps)
         stream(a.w, row0, 0, a.k, shared + warp * kRingBytes<kFormat, kDecodeStages<kFormat>>);
 #pragma unroll 1
     for (int c = 0; c < kDecodeStages<kFormat> - 1; ++c) {
-        stream.issue(a, 0, a.k);
+        stream.issue(a);
     }
     if (a.m <= 8) {
         decode_expert<kFormat, 1>(a, stream, row0);

@@ -111,41 +111,40 @@ __device__ __forceinline__ void lora_u_fragment(
     }
 }
 
-// lora = u b^T for rows m, m + 8 and columns n.. of one fragment. `first`: the rank's first 16 of
-// u.
+// The N side of one fragment: row n + lane / 4 of lora_b, 16 of the rank from k on.
+template <bool kByRank>
+__device__ __forceinline__ uint2
+lora_b_fragment(const Epilogue& e, int32_t n, int32_t num_n, int k) {
+    const int32_t row = n + static_cast<int32_t>(threadIdx.x & 31) / 4;
+    const int at = k + 2 * (threadIdx.x & 3);
+    return uint2{
+        lora_b_pair<kByRank>(e, row, num_n, at), lora_b_pair<kByRank>(e, row, num_n, at + 8)};
+}
+
+// lora = u b^T for rows m, m + 8 and columns n.. of one fragment. `first`, `first_b`: the rank's
+// first 16 of both.
 template <bool kByRank>
 __device__ __forceinline__ void lora_fragment(
     float (&lora)[4],
     const Epilogue& e,
     const uint32_t (&first)[4],
+    uint2 first_b,
     int32_t m,
     int32_t num_m,
     int32_t n,
     int32_t num_n
 ) {
-    const int lane = threadIdx.x & 31;
-    const int q2 = 2 * (lane & 3);
-    const int32_t row = n + (lane >> 2);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
         lora[c] = 0.0f;
     }
-    mma_16816(
-        lora,
-        first,
-        lora_b_pair<kByRank>(e, row, num_n, q2),
-        lora_b_pair<kByRank>(e, row, num_n, q2 + 8)
-    );
+    mma_16816(lora, first, first_b.x, first_b.y);
 #pragma unroll 1
     for (int k = 16; k < e.ldu; k += 16) {
         uint32_t u[4];
         lora_u_fragment(u, e, m, num_m, k);
-        mma_16816(
-            lora,
-            u,
-            lora_b_pair<kByRank>(e, row, num_n, k + q2),
-            lora_b_pair<kByRank>(e, row, num_n, k + q2 + 8)
-        );
+        const uint2 b = lora_b_fragment<kByRank>(e, n, num_n, k);
+        mma_16816(lora, u, b.x, b.y);
     }
 }
 

@@ -92,23 +92,25 @@ template <WeightFormat kFormat, int kStages>
 struct WeightStream {
     using Layout = DecodeLayout<kFormat>;
     const char* from[Layout::kPerLane];
-    int32_t left[Layout::kPerLane];  // bytes of the row's segment from this granule on
-    int32_t to[Layout::kPerLane];    // offset in a stage; -1: no granule
-    char* ring;                      // of this warp
-    int32_t chunk = 0;               // the next to copy
-    int32_t shift[2];                // where the lane's rows (g, g + 8) start inside a granule
-    const char* scales;              // with scales apart: of row lane / 2 (copied)
-    const char* lane_scales[2];      // of rows g, g + 8 (read)
-    bool scales_pair = false;        // those of two neighbouring blocks can be read in one
+    int32_t ahead[Layout::kPerLane];  // bytes from the chunk's first in the row to this granule
+    int32_t to[Layout::kPerLane];     // offset in a stage; -1: no granule
+    char* ring;                       // of this warp
+    uint32_t fill = 0;  // the stage that is copied next, in bytes from the ring's start
+    uint32_t read = 0;  // the stage that is read
+    int32_t next;       // the first column that is copied next
+    int32_t end;
+    int32_t shift[2];      // where the lane's rows (g, g + 8) start inside a granule
+    const char* scales;    // with scales in the ring: the granule where row lane / 2's start
+    uint32_t scales_into;  // and where inside it
+    uint32_t lane_scales_into[2];  // of rows g, g + 8
+    const char* lane_scales[2];    // of rows g, g + 8: kFp8
+    bool scales_pair = false;      // those of two neighbouring blocks can be read in one
 
     __device__ __forceinline__
     WeightStream(const WeightView& w, int32_t row0, int32_t k_begin, int32_t k_end, char* warp_ring)
-        : ring(warp_ring) {
+        : ring(warp_ring), next(k_begin), end(k_end) {
         const int lane = threadIdx.x & 31;
         const int64_t start = static_cast<int64_t>(k_begin >> 5) * Layout::kBlock;
-        const int32_t columns = k_end - k_begin;
-        const int32_t bytes =
-            kFormat == WeightFormat::kBF16 ? columns * 2 : columns / 32 * Layout::kBlock;
         const auto row_at = [&](int row) {
             return reinterpret_cast<const char*>(
                 w.data + min(row0 + row, w.rows - 1) * w.row_bytes + start
@@ -121,20 +123,19 @@ struct WeightStream {
             const int granule = index % Layout::kGranules;
             const bool exists = row < kDecodeRows;
             const char* at = row_at(exists ? row : 0);
-            const int into = static_cast<int>(reinterpret_cast<uintptr_t>(at) & 15);
+            const int into =
+                Layout::kAligned ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(at) & 15);
             from[i] = at - into + granule * 16;
-            left[i] = bytes + into - granule * 16;
+            ahead[i] = granule * 16 - into;
             const int place = Layout::kAligned ? static_cast<int>(swizzled(row, granule))
                                                : row * Layout::kStride + granule * 16;
             to[i] = exists ? place : -1;
         }
-        scales = nullptr;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const char* at = row_at((lane >> 2) + 8 * i);
             shift[i] =
                 Layout::kAligned ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(at) & 15);
-            lane_scales[i] = nullptr;
         }
         if constexpr (kScalesApart<kFormat>) {
             const auto scales_at = [&](int row) {
@@ -143,51 +144,76 @@ struct WeightStream {
                 );
             };
             scales = scales_at(lane >> 1);
+            scales_into = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(scales) & 15);
+            scales -= scales_into;
             constexpr int kPair = 2 * sizeof(ScaleWord<kFormat>);
             const auto places =
                 reinterpret_cast<uintptr_t>(w.scales) | static_cast<uintptr_t>(w.scale_stride);
             scales_pair =
                 places % kPair == 0 && (kFormat != WeightFormat::kInt4 || w.group_shift == 5);
-            lane_scales[0] = scales_at(lane >> 2);
-            lane_scales[1] = scales_at((lane >> 2) + 8);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                lane_scales[i] = scales_at((lane >> 2) + 8 * i);
+                lane_scales_into[i] =
+                    static_cast<uint32_t>(reinterpret_cast<uintptr_t>(lane_scales[i]) & 15);
+            }
         }
     }
 
-    __device__ __forceinline__ void issue(const MatmulArgs& a, int32_t k_begin, int32_t k_end) {
-        copy_next(a, k_begin, k_end);
-        copy_async_commit();
+    static __device__ __forceinline__ uint32_t after(uint32_t stage) {
+        constexpr uint32_t kLast = (kStages - 1) * Layout::kStageBytes;
+        return stage == kLast ? 0 : stage + Layout::kStageBytes;
     }
 
-    // Copies the next chunk; nothing past the segment's end.
-    __device__ __forceinline__ void copy_next(const MatmulArgs& a, int32_t k_begin, int32_t k_end) {
-        const int32_t k = k_begin + chunk * Layout::kChunk;
-        if (k < k_end) {
-            const uint32_t stage = shared_address(ring + chunk % kStages * Layout::kStageBytes);
+    __device__ __forceinline__ void issue(const MatmulArgs& a) {
+        if (next < end) {
+            copy_chunk(a);
+        }
+        copy_async_commit();
+        fill = after(fill);
+        next += Layout::kChunk;
+    }
+
+    // The chunk that is read now is done with.
+    __device__ __forceinline__ void leave_chunk() { read = after(read); }
+
+    __device__ __forceinline__ void copy_chunk(const MatmulArgs& a) {
+        const uint32_t stage = shared_address(ring) + fill;
+        const int32_t columns = end - next;
+        if (Layout::kAligned && columns >= Layout::kChunk) {
+#pragma unroll
+            for (int i = 0; i < Layout::kPerLane; ++i) {
+                copy_async_16(stage + to[i], from[i]);
+            }
+        } else {
+            const int32_t bytes =
+                kFormat == WeightFormat::kBF16 ? columns * 2 : columns / 32 * Layout::kBlock;
 #pragma unroll
             for (int i = 0; i < Layout::kPerLane; ++i) {
                 if (kDecodeRows * Layout::kGranules % 32 == 0 || to[i] >= 0) {
-                    copy_async_16(stage + to[i], from[i], left[i] > 0);
+                    copy_async_16(stage + to[i], from[i], ahead[i] < bytes);
                 }
-                from[i] += Layout::kBytes;
-                left[i] -= Layout::kBytes;
-            }
-            if constexpr (Layout::kScalesInRing) {
-                static_assert(2 * kDecodeRows == 32);  // two granules a row
-                const int lane = threadIdx.x & 31;
-                const int32_t last = min(k + Layout::kChunk, k_end) - 1;
-                const char* first_byte = scales + scale_offset<kFormat>(a.w, k);
-                const char* end = scales + scale_offset<kFormat>(a.w, last) + kScaleBytes<kFormat>;
-                const char* at =
-                    first_byte - (reinterpret_cast<uintptr_t>(first_byte) & 15) + (lane & 1) * 16;
-                copy_async_16(
-                    stage + kDecodeRows * Layout::kStride + (lane >> 1) * Layout::kScaleStride +
-                        (lane & 1) * 16,
-                    at,
-                    at < end
-                );
             }
         }
-        ++chunk;
+#pragma unroll
+        for (int i = 0; i < Layout::kPerLane; ++i) {
+            from[i] += Layout::kBytes;
+        }
+        if constexpr (Layout::kScalesInRing) {
+            static_assert(2 * kDecodeRows == 32);  // two granules a row
+            const int lane = threadIdx.x & 31;
+            const int32_t last = next + min(columns, Layout::kChunk) - 1;
+            const uint32_t granule =
+                ((scale_offset<kFormat>(a.w, next) + scales_into) & ~15u) + (lane & 1) * 16;
+            const uint32_t past =
+                scale_offset<kFormat>(a.w, last) + kScaleBytes<kFormat> + scales_into;
+            copy_async_16(
+                stage + kDecodeRows * Layout::kStride + (lane >> 1) * Layout::kScaleStride +
+                    (lane & 1) * 16,
+                scales + granule,
+                granule < past
+            );
+        }
     }
 };
 
@@ -235,17 +261,16 @@ struct ChunkRows {
     int32_t k0;
 
     __device__ __forceinline__
-    ChunkRows(const MatmulArgs& a, const WeightStream<kFormat, kStages>& from, int32_t c, int32_t k)
-        : stage(from.ring + c % kStages * Layout::kStageBytes), stream(&from), k0(k) {
+    ChunkRows(const MatmulArgs& a, const WeightStream<kFormat, kStages>& from, int32_t k)
+        : stage(from.ring + from.read), stream(&from), k0(k) {
         const int g = (threadIdx.x & 31) >> 2;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             row[i] = stage + (g + 8 * i) * Layout::kStride + from.shift[i];
             if constexpr (Layout::kScalesInRing) {
-                const char* first = from.lane_scales[i] + scale_offset<kFormat>(a.w, k0);
+                const uint32_t first = scale_offset<kFormat>(a.w, k0) + from.lane_scales_into[i];
                 scales[i] = stage + kDecodeRows * Layout::kStride +
-                            (g + 8 * i) * Layout::kScaleStride +
-                            (reinterpret_cast<uintptr_t>(first) & 15);
+                            (g + 8 * i) * Layout::kScaleStride + (first & 15);
             }
         }
     }
@@ -263,25 +288,25 @@ struct ChunkRows {
         return 0;
     }
 
-    // Those of row i's blocks b and b + 1, b even; in one load where they lie side by side.
+    // Those of row i's blocks b and b + 1, b even; with kPaired (scales_pair) in one load.
+    template <bool kPaired>
     __device__ __forceinline__ void two_scales(
         const MatmulArgs& a, int i, int b, uint32_t (&word)[2]
     ) const {
-        if constexpr (Layout::kScalesInRing) {
+        if constexpr (Layout::kScalesInRing && kPaired) {
             constexpr int kBytes = sizeof(ScaleWord<kFormat>);
-            if (stream->scales_pair) {
-                using Two = std::conditional_t<kBytes == 1, uint16_t, uint32_t>;
-                const uint32_t two = *reinterpret_cast<const Two*>(scales[i] + b * kBytes);
-                word[0] = two & (kBytes == 1 ? 0xffu : 0xffffu);
-                word[1] = two >> (8 * kBytes);
-                return;
-            }
+            using Two = std::conditional_t<kBytes == 1, uint16_t, uint32_t>;
+            const uint32_t two = *reinterpret_cast<const Two*>(scales[i] + b * kBytes);
+            word[0] = two & (kBytes == 1 ? 0xffu : 0xffffu);
+            word[1] = two >> (8 * kBytes);
+            return;
         }
         word[0] = scale(a, i, b);
         word[1] = kFormat == WeightFormat::kFp8 ? word[0] : scale(a, i, b + 1);
     }
 
     // Blocks b and b + 1 of the chunk (b even), 32 columns each: the M side of four k16 steps.
+    template <bool kPaired>
     __device__ __forceinline__ void fragments(const MatmulArgs& a, int b, uint32_t (&w)[4][4])
         const {
         const int lane = threadIdx.x & 31;
@@ -298,7 +323,7 @@ struct ChunkRows {
             for (int i = 0; i < 2; ++i) {
                 uint32_t words[2] = {};
                 if constexpr (kScalesApart<kFormat>) {
-                    two_scales(a, i, b, words);
+                    two_scales<kPaired>(a, i, b, words);
                 }
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
@@ -360,12 +385,13 @@ __device__ __forceinline__ void multiply_segment(
     for (int i = 0; i < kAhead; ++i) {
         x[i].load(x_row, k_begin + 64 * i, k_end - k_begin - 64 * i);
     }
-    // `inside`: these 64 columns and those kAhead steps on are inside the segment.
+    // `inside`: these 64 columns and those kAhead steps on are inside the segment, and scales are
+    // read in pairs.
     const auto multiply_64 =
         [&](const ChunkRows<kFormat, kStages>& rows, int sub, LaneX<kTiles>& v, auto inside) {
             const int32_t k = rows.k0 + sub * 64;
             uint32_t w[4][4];
-            rows.fragments(a, 2 * sub, w);
+            rows.template fragments<inside.value>(a, 2 * sub, w);
 #pragma unroll
             for (int step = 0; step < 4; ++step) {
                 // Past the segment's end scales may be anything.
@@ -388,19 +414,21 @@ __device__ __forceinline__ void multiply_segment(
             }
             copy_async_wait<kStages - 2>();
             __syncwarp();  // Every lane's bytes are there, and every lane left the stage of c - 1.
-            stream.issue(a, k_begin, k_end);
-            const ChunkRows<kFormat, kStages> rows(a, stream, c, k_begin + c * Layout::kChunk);
+            stream.issue(a);
+            const ChunkRows<kFormat, kStages> rows(a, stream, k_begin + c * Layout::kChunk);
 #pragma unroll
             for (int sub = 0; sub < kChunkSteps; ++sub) {
                 if (inside.value || c * kChunkSteps + sub < steps) {
                     multiply_64(rows, sub, x[chunk * kChunkSteps + sub], inside);
                 }
             }
+            stream.leave_chunk();
         }
     };
+    const bool pairs = !Layout::kScalesInRing || stream.scales_pair;
     int32_t first = 0;
 #pragma unroll 1
-    for (; (first + 2 * kAhead) * 64 <= k_end - k_begin; first += kAhead) {
+    for (; pairs && (first + 2 * kAhead) * 64 <= k_end - k_begin; first += kAhead) {
         multiply_ahead(first, std::true_type{});
     }
 #pragma unroll 1
@@ -511,7 +539,7 @@ __global__ void __launch_bounds__(128)
         // The weights are constant: their loads need not wait.
 #pragma unroll 1
         for (int c = 0; c < kStages - 1; ++c) {
-            stream.issue(a, k_begin, k_end);
+            stream.issue(a);
         }
         if (!a.x_is_ready) {
             wait();

@@ -52,7 +52,8 @@ __device__ __forceinline__ void multiply_plain(const MatmulArgs& a, int32_t m0, 
     if (e.lora_u != nullptr) {
         uint32_t u[4];
         lora_u_fragment(u, e, m0 + g, a.m, 0);
-        lora_fragment<kBackward>(lora, e, u, m0 + g, a.m, n0, a.n);
+        const uint2 b = lora_b_fragment<kBackward>(e, n0, a.n, 0);
+        lora_fragment<kBackward>(lora, e, u, b, m0 + g, a.m, n0, a.n);
     }
     for (int c = 0; c < 4; ++c) {
         const int32_t m = m0 + g + 8 * (c >> 1);

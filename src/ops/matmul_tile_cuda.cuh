@@ -372,7 +372,9 @@ __device__ __forceinline__ void stage_output(
             float v[4] = {acc[i][j][0], acc[i][j][1], acc[i][j][2], acc[i][j][3]};
             if (with_lora) {
                 float lora[4];
-                lora_fragment<kByRank>(lora, e, u, m0 + row0 + 16 * i, a.m, n0 + col0 + 8 * j, a.n);
+                const int32_t n = n0 + col0 + 8 * j;
+                const uint2 b = lora_b_fragment<kByRank>(e, n, a.n, 0);
+                lora_fragment<kByRank>(lora, e, u, b, m0 + row0 + 16 * i, a.m, n, a.n);
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
                     v[c] = add_lora(e, v[c], lora[c]);
@@ -393,6 +395,11 @@ __device__ __forceinline__ void stage_lora(
     const int lane = threadIdx.x & 31;
     const int row0 = Shape::warp() / Shape::kWarpsN * Shape::kWarpRows + (lane >> 2);
     const int col0 = Shape::warp() % Shape::kWarpsN * Shape::kWarpCols;
+    uint2 b[Shape::kFragN];  // all loads at once: their latency is most of the work
+#pragma unroll
+    for (int j = 0; j < Shape::kFragN; ++j) {
+        b[j] = lora_b_fragment<kByRank>(a.epilogue, n0 + col0 + 8 * j, a.n, 0);
+    }
 #pragma unroll
     for (int i = 0; i < Shape::kFragM; ++i) {
         const int32_t m = m0 + row0 + 16 * i;
@@ -401,7 +408,7 @@ __device__ __forceinline__ void stage_lora(
 #pragma unroll
         for (int j = 0; j < Shape::kFragN; ++j) {
             float lora[4];
-            lora_fragment<kByRank>(lora, a.epilogue, u, m, a.m, n0 + col0 + 8 * j, a.n);
+            lora_fragment<kByRank>(lora, a.epilogue, u, b[j], m, a.m, n0 + col0 + 8 * j, a.n);
             float* at = out + (row0 + 16 * i) * Shape::kRowFloats + col0 + 8 * j + 2 * (lane & 3);
             *reinterpret_cast<float2*>(at) = float2{lora[0], lora[1]};
             *reinterpret_cast<float2*>(at + 8 * Shape::kRowFloats) = float2{lora[2], lora[3]};
@@ -409,24 +416,37 @@ __device__ __forceinline__ void stage_lora(
     }
 }
 
-// From shared memory to y, eight columns at a time: the sum of the teams' tiles in ascending order
-// (teams > 1), LoRA's tile (or null: already in), bias, residual, one rounding.
-template <typename Shape>
+__device__ __forceinline__ void load_eight(float (&v)[8], const float* from) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const auto four = reinterpret_cast<const float4*>(from)[i];
+        v[4 * i] = four.x;
+        v[4 * i + 1] = four.y;
+        v[4 * i + 2] = four.z;
+        v[4 * i + 3] = four.w;
+    }
+}
+
+// Rows [first_row, last_row) of a tile from shared memory to y, eight columns at a time: the sum of
+// the teams' tiles tile_of(0), tile_of(1), .. in ascending order (teams > 1), LoRA's tile (or null:
+// already in), bias, residual, one rounding.
+template <typename Shape, typename TileOf>
 __device__ __forceinline__ void store_output(
     const MatmulArgs& a,
-    const float* tiles,
+    const TileOf& tile_of,
     int teams,
-    int tile_floats,
     const float* lora,
     int32_t m0,
-    int32_t n0
+    int32_t n0,
+    int first_row = 0,
+    int last_row = Shape::kM
 ) {
     constexpr int kRowEights = Shape::kN / 8;
     const Epilogue& e = a.epilogue;
     const int32_t inside = min(e.columns, a.n);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < Shape::kM * kRowEights; i += blockDim.x) {
-        const int row = i / kRowEights;
+    for (int i = threadIdx.x; i < (last_row - first_row) * kRowEights; i += blockDim.x) {
+        const int row = first_row + i / kRowEights;
         const int col = i % kRowEights * 8;
         const int32_t m = m0 + row;
         const int32_t n = n0 + col;
@@ -435,27 +455,30 @@ __device__ __forceinline__ void store_output(
         }
         const int at = row * Shape::kRowFloats + col;
         float v[8];
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-            v[c] = tiles[at + c];
-        }
+        load_eight(v, tile_of(0) + at);
         if (teams > 1) {
 #pragma unroll
             for (int c = 0; c < 8; ++c) {
                 v[c] = __fadd_rn(0.0f, v[c]);
             }
             for (int t = 1; t < teams; ++t) {
+                float other[8];
+                load_eight(other, tile_of(t) + at);
 #pragma unroll
                 for (int c = 0; c < 8; ++c) {
-                    v[c] = __fadd_rn(v[c], tiles[t * tile_floats + at + c]);
+                    v[c] = __fadd_rn(v[c], other[c]);
                 }
             }
+        }
+        float low_rank[8] = {};
+        if (lora != nullptr) {
+            load_eight(low_rank, lora + at);
         }
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
             // Without LoRA, or with its tile apart, the scale is still to come.
             if (lora != nullptr) {
-                v[c] = add_lora(e, v[c], lora[at + c]);
+                v[c] = add_lora(e, v[c], low_rank[c]);
             } else if (e.lora_u == nullptr) {
                 v[c] = __fmul_rn(v[c], e.scale);
             }
@@ -649,15 +672,10 @@ __device__ __forceinline__ void multiply_through_tile(
         }
     }
     __syncthreads();
-    store_output<Shape>(
-        a,
-        reinterpret_cast<const float*>(shared),
-        kTeams,
-        Shape::kSharedBytes / 4,
-        lora_apart ? lora : nullptr,
-        m0,
-        n0
-    );
+    const auto tile_of = [&](int t) {
+        return reinterpret_cast<const float*>(shared + t * Shape::kSharedBytes);
+    };
+    store_output<Shape>(a, tile_of, kTeams, lora_apart ? lora : nullptr, m0, n0);
 }
 
 template <typename Shape, WeightFormat kFormat, bool kBackward, bool kSegmented, int kTeams>

@@ -125,7 +125,9 @@ __device__ __forceinline__ void multiply_through_wgmma(
         stage_output<Shape, kBackward>(a, acc, has_lora, out, m0, n0);
     }
     __syncthreads();
-    store_output<Shape>(a, out, 1, 0, nullptr, m0, n0);
+    store_output<Shape>(
+        a, [&](int) { return out; }, 1, nullptr, m0, n0
+    );
 }
 
 template <WeightFormat kFormat, bool kBackward, bool kSegmented>

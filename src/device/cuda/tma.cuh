@@ -38,6 +38,12 @@ __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, uint32_t bytes
 #endif
 }
 
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+#endif
+}
+
 // One arrival at the barrier that lies at the same address in block `block` of the cluster.
 __device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t block) {
 #if __CUDA_ARCH__ >= 900
@@ -61,6 +67,21 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
         );
     }
 #endif
+}
+
+// Whether that phase has ended already.
+__device__ __forceinline__ bool mbarrier_ended(uint32_t barrier, uint32_t parity) {
+    uint32_t done = 0;
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; "
+        "selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory"
+    );
+#endif
+    return done != 0;
 }
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
@@ -111,6 +132,30 @@ __device__ __forceinline__ uint32_t block_in_cluster() {
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
 #endif
     return rank;
+}
+
+// Where block `block` of the cluster has what this block has at `own`, in shared memory.
+template <typename T>
+__device__ __forceinline__ const T* in_block_of_cluster(const T* own, int block) {
+    const T* other = own;
+#if __CUDA_ARCH__ >= 900
+    asm("mapa.u64 %0, %1, %2;" : "=l"(other) : "l"(own), "r"(block));
+#endif
+    return other;
+}
+
+// The two halves of a cluster_sync() that orders no writes: enough before a block ends whose shared
+// memory the others read.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
 }
 
 // All threads of all blocks of the cluster.
