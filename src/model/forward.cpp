@@ -133,6 +133,7 @@ Tensor Pass::attention(Tensor q, Tensor k, Tensor v, KvView pages) {
     if (tape != nullptr) {
         lse = stream.scratch.take(DType::kF32, {q.shape[0], q.shape[1]}).as<float>();
     }
+    append_kv(stream, p);
     orbit::attention(stream, p, o, lse);
     if (tape != nullptr) {
         tape->record([this, p, o, lse](Tape& t) {
