@@ -529,11 +529,7 @@ bool spreads(int64_t units, int64_t shared_bytes, int32_t max_positions) {
     if (max_positions <= kKeyTile || !overlaps_launches() || shared_bytes > shared_memory_limit()) {
         return false;
     }
-    int device = 0;
-    int multiprocessors = 0;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    return units * kSpread <= int64_t{2} * multiprocessors;
+    return units * kSpread <= int64_t{2} * device_limits().multiprocessors;
 }
 
 template <int kHeadDim>
