@@ -213,6 +213,7 @@ TEST(Attention, MatchesThePlainFormOnEveryInstructionSet) {
         const Device device = make_device("cpu", isa, 2);
         Stream stream(device);
         AttentionProblem a({37, 1, 130});
+        append_kv(stream, a.params());
         attention(stream, a.params(), floats(a.o, {168, 4, 64}), a.lse.data());
         for (size_t s = 0; s < 3; ++s) {
             for (int64_t t = 0; t < a.begin[s + 1] - a.begin[s]; t += 7) {
@@ -236,6 +237,7 @@ TEST(Attention, ChunksAndDecodeGiveTheBitsOfTheWhole) {
     Stream stream(device);
     for (const int32_t chunk : {1, 16, 23}) {
         AttentionProblem whole({75});
+        append_kv(stream, whole.params());
         attention(stream, whole.params(), floats(whole.o, {75, 4, 64}), whole.lse.data());
         AttentionProblem piece({75});
         for (int32_t from = 0; from < 75; from += chunk) {
@@ -250,6 +252,7 @@ TEST(Attention, ChunksAndDecodeGiveTheBitsOfTheWhole) {
             p.k = make_tensor(piece.k.data() + from * 128, DType::kF32, {count, 2, 64});
             p.v = make_tensor(piece.v.data() + from * 128, DType::kF32, {count, 2, 64});
             const Tensor o = make_tensor(piece.o.data() + from * 256, DType::kF32, {count, 4, 64});
+            append_kv(stream, p);
             attention(stream, p, o, piece.lse.data() + from * 4);
         }
         EXPECT_EQ(whole.o, piece.o) << chunk;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <utility>
 
 #include "model/families/families.h"
 #include "ops/activation.h"
@@ -105,25 +106,33 @@ std::vector<Tensor> Pass::linears(Tensor x, std::initializer_list<const LinearWe
     return outputs;
 }
 
-Tensor Pass::norm_rope(Tensor x, const float* norm_weight) {
-    const Tensor y = scratch_same(*this, x);
-    const NormRopeParams p = rope_params(*this, x, norm_weight);
-    orbit::norm_rope(stream, p, y);
+RotatedHeads Pass::norm_rope(Tensor q, Tensor k, Tensor v, const LayerWeights& w, KvView pages) {
+    const RotatedHeads y{scratch_same(*this, q), scratch_same(*this, k)};
+    RopeAppendParams p;
+    p.q = rope_params(*this, q, w.q_norm);
+    p.k = rope_params(*this, k, w.k_norm);
+    p.v = v;
+    p.kv = pages;
+    p.batch = batch;
+    norm_rope_append(stream, p, y.q, y.k);
     if (tape != nullptr) {
         tape->record([this, p, y](Tape& t) {
-            const Tensor dy = t.of_output(y);
-            const auto dx = t.of_input(p.x);
-            CHECK(!dx.accumulate, "(q and k have one use)");
-            norm_rope_backward(stream, p, dy, dx.grad);
+            for (const auto& [rope, out] : {std::pair{p.k, y.k}, std::pair{p.q, y.q}}) {
+                const Tensor dy = t.of_output(out);
+                const auto dx = t.of_input(rope.x);
+                CHECK(!dx.accumulate, "(q and k have one use)");
+                norm_rope_backward(stream, rope, dy, dx.grad);
+            }
         });
     }
     return y;
 }
 
-Tensor Pass::attention(Tensor q, Tensor k, Tensor v, KvView pages) {
+Tensor Pass::attention(const RotatedHeads& heads, Tensor v, KvView pages) {
+    const Tensor q = heads.q;
     AttentionParams p;
     p.q = q;
-    p.k = k;
+    p.k = heads.k;
     p.v = v;
     p.kv = pages;
     p.batch = batch;

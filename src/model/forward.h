@@ -19,6 +19,11 @@ namespace orbit {
 
 constexpr int kNoAdapter = -1;  // slot: the base itself
 
+struct RotatedHeads {
+    Tensor q;  // [T, H, head_dim]
+    Tensor k;  // [T, Hkv, head_dim]
+};
+
 // One call of the model on one batch. Activations live in stream.scratch; the caller owns the
 // scope.
 struct Pass {
@@ -38,8 +43,10 @@ struct Pass {
     Tensor linear(Tensor x, const LinearWeights& weights, Tensor residual = {}, Tensor out = {});
     // Several layers of one input.
     std::vector<Tensor> linears(Tensor x, std::initializer_list<const LinearWeights*> weights);
-    Tensor norm_rope(Tensor x, const float* norm_weight);  // x: [T, heads, head_dim]
-    Tensor attention(Tensor q, Tensor k, Tensor v, KvView pages);
+    // q and k ([T, heads, head_dim]) normed and rotated; that k, and v, are in the pages then,
+    // where attention reads them.
+    RotatedHeads norm_rope(Tensor q, Tensor k, Tensor v, const LayerWeights& w, KvView pages);
+    Tensor attention(const RotatedHeads& heads, Tensor v, KvView pages);
     Tensor swiglu(Tensor gate, Tensor up);
     // Mixture of experts: T tokens become T K rows sorted by expert, and T tokens again.
     Routing route(Tensor x, const MoeWeights& moe);

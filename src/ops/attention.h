@@ -1,12 +1,12 @@
 // Causal attention over paged keys and values, with grouped query heads (GQA: query head h reads KV
 // head h / (H / Hkv)).
 //
-// Forward writes the batch's k and v rows into their pages first, then each query row reads
-// positions 0..p from the pages, in training too, so prefill, decode and training run the same
-// arithmetic on the same bits. Order, per (token, head): scores s_j = scale * (q . k_j) in fp32; m
-// = max; weights exp(s_j - m) in fp32, their sum l in ascending j; P_j rounded to the compute type
-// (in bf16 mode) before P V; o = (sum_j P_j v_j) / l in ascending j; one rounding. Nothing depends
-// on how many rows the batch holds or where a chunk was cut.
+// append_kv, or norm_rope_append, writes the batch's k and v rows into their pages; then each query
+// row reads positions 0..p from the pages, in training too, so prefill, decode and training run the
+// same arithmetic on the same bits. Order, per (token, head): scores s_j = scale * (q . k_j) in
+// fp32; m = max; weights exp(s_j - m) in fp32, their sum l in ascending j; P_j rounded to the
+// compute type (in bf16 mode) before P V; o = (sum_j P_j v_j) / l in ascending j; one rounding.
+// Nothing depends on how many rows the batch holds or where a chunk was cut.
 #pragma once
 
 #include "device/device.h"
@@ -23,8 +23,11 @@ struct AttentionParams {
     float scale = 0;
 };
 
-// o: [T, H, d]. lse: float32 [T, H] (log-sum-exp of the scaled scores), or null when no backward
-// follows.
+// Writes k and v into their pages.
+void append_kv(Stream& stream, const AttentionParams& p);
+
+// The batch's own rows lie in the pages already. o: [T, H, d]. lse: float32 [T, H] (log-sum-exp of
+// the scaled scores), or null when no backward follows.
 void attention(Stream& stream, const AttentionParams& p, Tensor o, float* lse);
 
 // For batches of whole sequences (sequence_position all 0): reads q, k, v of the batch, not the

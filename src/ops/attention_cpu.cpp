@@ -155,7 +155,6 @@ float* thread_workspaces(Stream& stream, int64_t floats) {
 
 template <typename T>
 void forward(Stream& stream, const AttentionParams& p, Tensor o, float* lse) {
-    append<T>(stream, p);
     const ScratchScope scope(stream.scratch);
     const int64_t heads = p.q.shape[1];
     const int64_t d = p.q.shape[2];
@@ -180,6 +179,17 @@ void forward(Stream& stream, const AttentionParams& p, Tensor o, float* lse) {
 }
 
 }  // namespace
+
+void append_kv(Stream& stream, const AttentionParams& p) {
+    if (!stream.is_cpu()) {
+        return cuda::append_kv(stream, p);
+    }
+    CHECK_EQ(p.k.rank, 3);
+    CHECK_EQ(p.k.numel(), p.v.numel());
+    CHECK_LE(p.batch.num_tokens, p.k.shape[0]);
+    CHECK(p.k.dtype == p.v.dtype && p.k.dtype == p.kv.k_pages.dtype);
+    with_compute_type(p.k.dtype, [&](auto type) { append<decltype(type)>(stream, p); });
+}
 
 void attention(Stream& stream, const AttentionParams& p, Tensor o, float* lse) {
     if (!stream.is_cpu()) {

@@ -20,6 +20,12 @@ constexpr int kKeyTile = 128;
 constexpr int kShortRows = 15;  // sequences of up to that many rows go to the decode kernel
 constexpr int kKeyBlock = 32;   // keys whose weights are summed together first
 constexpr float kLog2E = 1.4426950408889634f;
+constexpr int kRing = 3;  // key and value tiles in turn: K0 V0 K1 V1 ...
+
+template <int kHeadDim>
+struct Tile {
+    static constexpr int kBytes = kKeyTile * kHeadDim * 2;
+};
 
 struct AttentionArgs {
     const bf16* q;  // [T, heads, head_dim]
@@ -367,6 +373,16 @@ locate(const int32_t* sequence_begin, int32_t num_sequences, int32_t index, Coun
     }
     return SequenceSlot{-1, 0};
 }
+
+// The rows of short sequences (`only_short`: all of the batch's, one each). max_positions: more
+// than any position of the batch.
+void launch_decode(
+    cudaStream_t queue,
+    const AttentionArgs& a,
+    int64_t head_dim,
+    bool only_short,
+    int32_t max_positions
+);
 
 // The prefill kernel for Hopper; head_dim is 64 or 128.
 void launch_prefill_wgmma(cudaStream_t queue, const AttentionArgs& a, int64_t head_dim);

@@ -25,6 +25,9 @@ void rms_norm_backward(
 );
 void norm_rope(Stream& stream, const NormRopeParams& p, Tensor y);
 void norm_rope_backward(Stream& stream, const NormRopeParams& p, Tensor dy, Tensor dx);
+void norm_rope_append(Stream& stream, const RopeAppendParams& p, Tensor q, Tensor k);
+
+void append_kv(Stream& stream, const AttentionParams& p);
 void attention(Stream& stream, const AttentionParams& p, Tensor o, float* lse);
 void attention_backward(
     Stream& stream,

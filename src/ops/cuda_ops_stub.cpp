@@ -41,6 +41,14 @@ void norm_rope_backward(Stream&, const NormRopeParams&, Tensor, Tensor) {
     no_cuda();
 }
 
+void norm_rope_append(Stream&, const RopeAppendParams&, Tensor, Tensor) {
+    no_cuda();
+}
+
+void append_kv(Stream&, const AttentionParams&) {
+    no_cuda();
+}
+
 void attention(Stream&, const AttentionParams&, Tensor, float*) {
     no_cuda();
 }

@@ -227,19 +227,11 @@ int32_t num_segments(int64_t k, int32_t segment) {
 }
 
 bool has_wgmma() {
-    int device = 0;
-    int major = 0;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    return major == 9;
+    return device_limits().major == 9;
 }
 
 int64_t shared_memory_limit() {
-    int device = 0;
-    int bytes = 0;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    return bytes;
+    return device_limits().shared_bytes;
 }
 
 void matmul_group(

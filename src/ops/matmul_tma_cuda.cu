@@ -513,11 +513,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 int32_t num_pairs_at_once() {
-    int device = 0;
-    int multiprocessors = 0;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    return multiprocessors / kPair;
+    return device_limits().multiprocessors / kPair;
 }
 
 ProductMaps maps_of(const MatmulArgs& a, bool backward, int32_t tile_n) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "device/device.h"
+#include "ops/batch.h"
 
 namespace orbit {
 
@@ -28,5 +29,17 @@ void norm_rope(Stream& stream, const NormRopeParams& p, Tensor y);
 void norm_rope_backward(
     Stream& stream, const NormRopeParams& p, Tensor dy, Tensor dx
 );  // overwrites dx
+
+// What attention needs of a batch: norm_rope of q and of k, and append_kv of that k and of v, in
+// one launch on a GPU. The bits are those of the ops one by one.
+struct RopeAppendParams {
+    NormRopeParams q;
+    NormRopeParams k;  // eps, rope and positions are q's
+    Tensor v;          // [T, Hkv, head_dim]
+    KvView kv;
+    BatchView batch;
+};
+
+void norm_rope_append(Stream& stream, const RopeAppendParams& p, Tensor q, Tensor k);
 
 }  // namespace orbit

@@ -1,3 +1,4 @@
+#include "ops/attention.h"
 #include "ops/compute_type.h"
 #include "ops/cuda_ops.h"
 #include "ops/rope.h"
@@ -64,6 +65,24 @@ void norm_rope(Stream& stream, const NormRopeParams& p, Tensor y) {
             ORBIT_CALL_KERNEL(stream.device.isa, norm_rope_head, (head, x + at, to + at));
         });
     });
+}
+
+void norm_rope_append(Stream& stream, const RopeAppendParams& p, Tensor q, Tensor k) {
+    CHECK(p.q.positions == p.batch.positions && p.k.positions == p.batch.positions);
+    CHECK(p.q.eps == p.k.eps && p.q.rope.cosine == p.k.rope.cosine);
+    CHECK_EQ(p.q.x.shape[2], p.k.x.shape[2]);
+    CHECK_EQ(p.k.x.numel(), p.v.numel());
+    if (!stream.is_cpu()) {
+        return cuda::norm_rope_append(stream, p, q, k);
+    }
+    norm_rope(stream, p.q, q);
+    norm_rope(stream, p.k, k);
+    AttentionParams rows;
+    rows.k = k;
+    rows.v = p.v;
+    rows.kv = p.kv;
+    rows.batch = p.batch;
+    append_kv(stream, rows);
 }
 
 void norm_rope_backward(Stream& stream, const NormRopeParams& p, Tensor dy, Tensor dx) {

@@ -1,6 +1,6 @@
-// attention and its backward. A row of a case is one whole sequence. The last output counts the
-// values that come out with other bits when the same sequences are fed in chunks, or token by
-// token.
+// attention and its backward. A row of a case is one whole sequence, or one decode step. The last
+// output counts the values that come out with other bits when the same sequences are fed in chunks,
+// token by token, or the same decode steps in batches of another size.
 #include <fmt/core.h>
 
 #include <algorithm>
@@ -97,6 +97,12 @@ Tensor flat(const Tensor& x) {
     return x.reshaped({x.shape[0] * x.shape[1], x.shape[2], x.shape[3]});
 }
 
+// The batch's keys and values appended, and attention.
+void append_and_attend(Stream& stream, const AttentionParams& p, const Tensor& o, float* lse) {
+    append_kv(stream, p);
+    attention(stream, p, o, lse);
+}
+
 AttentionParams whole_batch(Stream& stream, const Shape& s, const Tensors& in) {
     const int64_t sequences = in[kQ].shape[0];
     const Pages pages = make_pages(stream, s, sequences);
@@ -145,7 +151,7 @@ int64_t differing(
         p.v = packed(stream, in[kV], begin, end);
         const Tensor part = packed(stream, o, begin, end);
         const std::vector<uint8_t> want = bytes_of(stream, part);
-        attention(stream, p, part, nullptr);
+        append_and_attend(stream, p, part, nullptr);
         const std::vector<uint8_t> got = bytes_of(stream, part);
         for (size_t i = 0; i < want.size(); ++i) {
             count += got[i] != want[i] ? 1 : 0;
@@ -156,7 +162,7 @@ int64_t differing(
 
 void run(Stream& stream, const Shape& s, const Tensors& in, const Tensors& out) {
     const ScratchScope scope(stream.scratch);
-    attention(stream, whole_batch(stream, s, in), flat(out[0]), out[1].as<float>());
+    append_and_attend(stream, whole_batch(stream, s, in), flat(out[0]), out[1].as<float>());
     int64_t count = 0;
     for (const int64_t chunk : {int64_t{1}, int64_t{16}, int64_t{7}, int64_t{200}}) {
         count += differing(stream, s, in, out[0], chunk);
@@ -173,7 +179,7 @@ void backward(
     const AttentionParams p = whole_batch(stream, s, in);
     const Tensor o = stream.scratch.take(s.compute, {p.q.shape[0], s.heads, s.d});
     const Tensor lse = stream.scratch.take(DType::kF32, {p.q.shape[0], s.heads});
-    attention(stream, p, o, lse.as<float>());
+    append_and_attend(stream, p, o, lse.as<float>());
     attention_backward(
         stream,
         p,
@@ -289,7 +295,7 @@ void add_grad_case(CaseList& cases, const Shape& s) {
     c.outputs = {{"o", s.compute, {s.sequences, s.length, s.heads, s.d}, true}};
     c.run = [s](Stream& stream, const Tensors& in, const Tensors& out) {
         const ScratchScope scope(stream.scratch);
-        attention(stream, whole_batch(stream, s, in), flat(out[0]), nullptr);
+        append_and_attend(stream, whole_batch(stream, s, in), flat(out[0]), nullptr);
         synchronize(stream);
     };
     c.backward = [s](Stream& stream, const Tensors& in, const Tensors& d_out, const Tensors& d_in) {
@@ -298,6 +304,168 @@ void add_grad_case(CaseList& cases, const Shape& s) {
     c.reference = [s](const Values& in) { return Values{reference(s, in)[0]}; };
     c.forward_tolerance = s.compute == DType::kF32 ? 1e-5 : 1e-2;
     c.grad_tolerance = s.compute == DType::kF32 ? 1e-4 : 2e-2;
+    cases.push_back(c);
+}
+
+// Decode steps over one context: row i attends to its first length[i] keys. A GPU has another
+// kernel for few rows than for many.
+struct DecodeShape {
+    std::vector<float> lengths;
+    int64_t heads;
+    int64_t kv_heads;
+    int64_t d;
+    DType compute;
+};
+
+enum : size_t { kSteps, kContextK, kContextV, kLengths };
+
+Shape context_shape(const DecodeShape& s) {
+    const float longest = *std::max_element(s.lengths.begin(), s.lengths.end());
+    return {1, static_cast<int64_t>(longest), s.heads, s.kv_heads, s.d, s.compute};
+}
+
+// Rows `from`.. `to` of the steps, each `copies` times, as one batch; all read the same pages.
+AttentionParams decode_batch(
+    Stream& stream,
+    const Shape& s,
+    const KvView& kv,
+    const Tensors& in,
+    int64_t from,
+    int64_t to,
+    int64_t copies
+) {
+    const auto rows = static_cast<size_t>(in[kSteps].shape[0]);
+    std::vector<int32_t> lengths(rows);
+    copy_to_host(stream, lengths.data(), in[kLengths].data, rows * sizeof(int32_t));
+    const auto blocks = static_cast<int32_t>(pages_for(s.length));
+    const int64_t row_bytes = s.heads * s.d * dtype_bytes(s.compute);
+    std::vector<int32_t> positions, numbers, table;
+    const Tensor q = stream.scratch.take(s.compute, {(to - from) * copies, s.heads, s.d});
+    for (int64_t i = 0; i < (to - from) * copies; ++i) {
+        const int64_t row = from + i / copies;
+        copy_on_device(
+            stream,
+            static_cast<char*>(q.data) + i * row_bytes,
+            static_cast<const char*>(in[kSteps].data) + row * row_bytes,
+            static_cast<size_t>(row_bytes)
+        );
+        positions.push_back(lengths[static_cast<size_t>(row)] - 1);
+        numbers.push_back(static_cast<int32_t>(i));
+        for (int32_t block = blocks; block > 0; --block) {
+            table.push_back(block - 1);  // as make_pages hands them out
+        }
+    }
+    numbers.push_back(static_cast<int32_t>(positions.size()));
+    AttentionParams p;
+    p.q = q;
+    p.k = in[kContextK];
+    p.v = in[kContextV];
+    p.kv = kv;
+    p.scale = scale_of(s);
+    p.batch.num_tokens = numbers.back();
+    p.batch.num_sequences = numbers.back();
+    p.batch.max_blocks = blocks;
+    p.batch.max_positions = static_cast<int32_t>(s.length);
+    p.batch.positions = upload(stream, positions);
+    p.batch.sequence_of = upload(stream, numbers);
+    p.batch.sequence_begin = p.batch.sequence_of;
+    p.batch.sequence_position = p.batch.positions;
+    p.batch.block_table = upload(stream, table);
+    return p;
+}
+
+// Values of o and lse with other bits when rows [from, to) are computed `copies` times in a batch.
+int64_t differing_steps(
+    Stream& stream, const AttentionParams& p, const Tensors& out, int64_t from, int64_t copies
+) {
+    const int64_t rows = p.batch.num_tokens;
+    const int64_t heads = p.q.shape[1];
+    const Tensor o = stream.scratch.take(p.q.dtype, {rows, heads, p.q.shape[2]});
+    const Tensor lse = stream.scratch.take(DType::kF32, {rows, heads});
+    attention(stream, p, o, lse.as<float>());
+    int64_t count = 0;
+    const auto compare = [&](const Tensor& got, const Tensor& want) {
+        const std::vector<uint8_t> g = bytes_of(stream, got);
+        const std::vector<uint8_t> w = bytes_of(stream, want);
+        const size_t row_bytes = g.size() / static_cast<size_t>(rows);
+        for (size_t i = 0; i < g.size(); ++i) {
+            const size_t row =
+                static_cast<size_t>(from) + i / row_bytes / static_cast<size_t>(copies);
+            count += g[i] != w[row * row_bytes + i % row_bytes] ? 1 : 0;
+        }
+    };
+    compare(o, out[0]);
+    compare(lse, out[1]);
+    return count;
+}
+
+void run_decode(Stream& stream, const DecodeShape& shape, const Tensors& in, const Tensors& out) {
+    const ScratchScope scope(stream.scratch);
+    const Shape s = context_shape(shape);
+    const Pages pages = make_pages(stream, s, 1);
+    AttentionParams context = params_of(stream, s, pages, 1, 0, s.length);
+    context.k = in[kContextK];
+    context.v = in[kContextV];
+    append_kv(stream, context);
+    const int64_t rows = in[kSteps].shape[0];
+    const AttentionParams all = decode_batch(stream, s, pages.kv, in, 0, rows, 1);
+    attention(stream, all, out[0], out[1].as<float>());
+    constexpr int64_t kMany = 40;
+    const AttentionParams many = decode_batch(stream, s, pages.kv, in, 0, rows, kMany);
+    int64_t count = differing_steps(stream, many, out, 0, kMany);
+    for (int64_t row = 0; row < rows; ++row) {
+        const AttentionParams alone = decode_batch(stream, s, pages.kv, in, row, row + 1, 1);
+        count += differing_steps(stream, alone, out, row, 1);
+    }
+    const auto result = static_cast<float>(count);
+    copy_to_device(stream, out[2].data, &result, sizeof(result));
+    synchronize(stream);
+}
+
+Values decode_reference(const DecodeShape& shape, const Values& in) {
+    const Shape s = context_shape(shape);
+    const auto d = static_cast<size_t>(s.d);
+    const auto heads = static_cast<size_t>(s.heads);
+    const size_t group = heads / static_cast<size_t>(s.kv_heads);
+    std::vector<double> o(in[kSteps].size());
+    std::vector<double> lse(o.size() / d);
+    for (size_t row = 0; row < lse.size(); ++row) {
+        const auto keys = static_cast<size_t>(in[kLengths][row / heads]);
+        const size_t kv_at = row % heads / group * d;
+        lse[row] = reference_row(s, in, row * d, kv_at, keys, &o[row * d]);
+    }
+    return {o, lse, {0.0}};
+}
+
+void add_decode_case(CaseList& cases, const DecodeShape& shape, bool gpu_only) {
+    Random random(cases.size() + 1);
+    const Shape s = context_shape(shape);
+    const bool f32 = s.compute == DType::kF32;
+    const auto rows = static_cast<int64_t>(shape.lengths.size());
+    const int64_t context = s.length * s.kv_heads * s.d;
+    const int64_t steps = rows * s.heads * s.d;
+    Case c;
+    c.op = "attention";
+    c.name = fmt::format(
+        "decode up to {} h{} kv{} d{}{}", s.length, s.heads, s.kv_heads, s.d, f32 ? " (f32)" : ""
+    );
+    c.inputs = {
+        per_row(input("q", s.compute, {rows, s.heads, s.d}, random.normals(steps, 1.5f))),
+        input("k", s.compute, {s.length, s.kv_heads, s.d}, random.normals(context)),
+        input("v", s.compute, {s.length, s.kv_heads, s.d}, random.normals(context)),
+        per_row(input("lengths", DType::kI32, {rows}, shape.lengths)),
+    };
+    c.outputs = {
+        {"o", s.compute, {rows, s.heads, s.d}, true},
+        {"lse", DType::kF32, {rows, s.heads}, true},
+        {"values with other bits in other batches", DType::kF32, {1}, false},
+    };
+    c.run = [shape](Stream& stream, const Tensors& in, const Tensors& out) {
+        run_decode(stream, shape, in, out);
+    };
+    c.reference = [shape](const Values& in) { return decode_reference(shape, in); };
+    c.forward_tolerance = f32 ? 1e-5 : 2e-2;
+    c.gpu_only = gpu_only;
     cases.push_back(c);
 }
 
@@ -347,6 +515,17 @@ void add_attention_cases(CaseList& cases) {
           Shape{1, 140, 8, 2, 64, DType::kBF16}}) {
         add_grad_case(cases, s);
         cases.back().gpu_only = true;
+    }
+    add_decode_case(cases, {{1, 127, 128, 129, 300}, 8, 2, 64, DType::kBF16}, false);
+    add_decode_case(cases, {{1, 127, 128, 129, 300}, 4, 1, 128, DType::kF32}, false);
+    // Every number of rounds, full and not, of the GPU's clusters; 1, 4, 8, 12 and 20 heads a key
+    // head.
+    const std::vector<float> lengths = {1, 127, 128, 129, 1000, 1024, 1025, 2049, 5000};
+    for (const int64_t d : {64, 128}) {
+        for (const int64_t heads : {1, 4, 8, 20}) {
+            add_decode_case(cases, {lengths, heads, 1, d, DType::kBF16}, true);
+        }
+        add_decode_case(cases, {lengths, 24, 2, d, DType::kBF16}, true);
     }
 }
 

@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <string>
+#include <vector>
 
 #include "base/error.h"
 #include "device/device.h"
@@ -56,13 +57,40 @@ inline unsigned grid_dim_yz(int64_t blocks) {
     return static_cast<unsigned>(blocks);
 }
 
+// What launches depend on.
+struct DeviceLimits {
+    int major = 0;  // of the compute capability
+    int multiprocessors = 0;
+    int64_t shared_bytes = 0;  // that one thread block may have
+};
+
+// Of the current device; the driver is asked once for all of them.
+inline const DeviceLimits& device_limits() {
+    static const std::vector<DeviceLimits> all = [] {
+        int count = 0;
+        CUDA_CHECK(cudaGetDeviceCount(&count));
+        std::vector<DeviceLimits> limits;
+        for (int device = 0; device < count; ++device) {
+            const auto attribute = [&](cudaDeviceAttr name) {
+                int value = 0;
+                CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+                return value;
+            };
+            limits.push_back(DeviceLimits{
+                attribute(cudaDevAttrComputeCapabilityMajor),
+                attribute(cudaDevAttrMultiProcessorCount),
+                attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)});
+        }
+        return limits;
+    }();
+    int device = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    return all[static_cast<size_t>(device)];
+}
+
 // Whether the current device can start a kernel before its predecessor ends: from Hopper on.
 inline bool overlaps_launches() {
-    int device = 0;
-    int major = 0;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    return major >= 9;
+    return device_limits().major >= 9;
 }
 
 // Starts a kernel while its predecessor on the queue still runs; the kernel itself waits, with

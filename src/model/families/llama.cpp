@@ -12,9 +12,8 @@ Tensor llama_attention(Pass& pass, const LayerWeights& w, KvView pages, Tensor x
     const Tensor q_THd = qkv[0].reshaped({T, c.num_heads, c.head_dim});
     const Tensor k_TKd = qkv[1].reshaped({T, c.num_kv_heads, c.head_dim});
     const Tensor v_TKd = qkv[2].reshaped({T, c.num_kv_heads, c.head_dim});
-    const Tensor a_THd = pass.attention(
-        pass.norm_rope(q_THd, w.q_norm), pass.norm_rope(k_TKd, w.k_norm), v_TKd, pages
-    );
+    const RotatedHeads rotated = pass.norm_rope(q_THd, k_TKd, v_TKd, w, pages);
+    const Tensor a_THd = pass.attention(rotated, v_TKd, pages);
     return pass.linear(a_THd.reshaped({T, c.num_heads * c.head_dim}), w.o, x_TD);
 }
 
