@@ -6,6 +6,7 @@
 #include "base/philox.h"
 #include "model_files.h"
 #include "ops/decoded_weights.h"
+#include "ops/head_chunk.h"
 #include "run/gpu_plan.h"
 #include "run/memory_plan.h"
 #include "train/trainer.h"
@@ -198,6 +199,14 @@ TEST(Plan, OffloadingMovesLayerInputsToTheHost) {
         EXPECT_EQ(offloaded.pinned, static_cast<size_t>(on_cpu ? 0 : moved));
         EXPECT_EQ(plan_text(offloaded).find("pinned host memory") != std::string::npos, !on_cpu);
     }
+}
+
+TEST(Plan, HeadTakesRowsEnoughAtOnce) {
+    EXPECT_EQ(head_chunk_rows(8192, 151936), 512) << "what the pairs of blocks ask for";
+    EXPECT_EQ(head_chunk_rows(100, 151936), 100);
+    EXPECT_EQ(head_chunk_rows(8192, 128256), 640);
+    EXPECT_EQ(head_chunk_rows(8192, int64_t{1} << 24), 128);
+    EXPECT_EQ(head_chunk_rows(int64_t{1} << 20, 64), 16384);
 }
 
 // On a GPU that decodes packed weights before products of many rows.

@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "model/rope_table.h"
+#include "ops/head_chunk.h"
 #include "run/host_experts.h"
 
 namespace orbit {
@@ -85,7 +86,8 @@ double activation_bytes(const PlanModel& m, double tokens, double gpus, bool off
 
 double head_bytes(const PlanModel& m, double tokens) {
     const auto vocabulary = static_cast<double>(m.vocabulary);
-    const double rows = std::clamp(256 * kMiB / (4 * vocabulary), 128.0, std::max(128.0, tokens));
+    const auto rows =
+        static_cast<double>(head_chunk_rows(static_cast<int64_t>(tokens), m.vocabulary));
     return rows * vocabulary * 6 + 8 * tokens * static_cast<double>(m.width);
 }
 

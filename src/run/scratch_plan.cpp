@@ -9,6 +9,7 @@
 #include "ops/batch.h"
 #include "ops/decoded_weights.h"
 #include "ops/dense_matmul.h"
+#include "ops/head_chunk.h"
 #include "ops/moe.h"
 
 namespace orbit {
@@ -456,11 +457,9 @@ void head(
     const Scope scope(meter);
     const int64_t vocabulary = m.config.vocab_size;
     if (!m.on_cpu) {
-        constexpr int64_t kChunkBytes = int64_t{256} << 20;
         constexpr int64_t kRowBytes = 24 + 8;  // RowCut, RowSummary
         constexpr int64_t kTileBytes = 20;     // TileStats, of 1024 ids
-        const int64_t fit = kChunkBytes / (4 * vocabulary) / 128 * 128;
-        const int64_t chunk = std::min(rows, std::clamp<int64_t>(fit, 128, 16384));
+        const int64_t chunk = head_chunk_rows(rows, vocabulary);
         meter.take(chunk * vocabulary * kF32);
         meter.take(chunk * (kRowBytes + ceil_div(vocabulary, 1024) * kTileBytes));
         decode_first(m, meter, chunk, m.packed.head, vocabulary * m.config.width);
