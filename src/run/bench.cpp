@@ -562,6 +562,7 @@ class Bench {
         shape.rows = shape.tokens;
         shape.longest = options_.train_length;
         shape.offload = options_.activation_offloading;
+        shape.keep_attention = train_options().keeps_attention();
         const MemoryPlan memory = plan({}, shape);
         prepare(memory);
         Trainer trainer = make_trainer(shape.tokens);
@@ -585,9 +586,10 @@ class Bench {
         const double attention =
             2.0 *
             static_cast<double>(options_.train_length * c.num_layers * c.num_heads * c.head_dim);
+        const double passes = train_options().keeps_attention() ? 3.5 : 4.5;  // gradient: 2.5
         const double flops =
             tokens * (6.0 * (linear_parameters() + static_cast<double>(c.vocab_size * c.width)) +
-                      4.5 * attention);
+                      passes * attention);
         BenchRow row;
         row.what = "train step";
         row.shape = fmt::format(
@@ -596,7 +598,7 @@ class Bench {
             texts.size(),
             options_.train_length,
             options_.adapter,
-            options_.activation_offloading ? " offloading" : ""
+            memory_text()
         );
         row.time_us = 1e6 * seconds;
         row.floor_us = options_.matrix_flops_per_s > 0 ? floor_us(0, flops) : 0;
@@ -609,10 +611,23 @@ class Bench {
         add(row);
     }
 
-    Trainer make_trainer(int64_t tokens) {
+    TrainOptions train_options() const {
         TrainOptions options;
+        options.recompute = options_.recompute;
         options.activation_offloading = options_.activation_offloading;
-        return {stream_, model_, *adapter_, options, SamplingFilter{}, false, tokens};
+        return options;
+    }
+
+    // Of a row's shape: what is not the default.
+    std::string memory_text() const {
+        if (options_.activation_offloading) {
+            return " offloading";
+        }
+        return train_options().keeps_attention() ? "" : " full recomputation";
+    }
+
+    Trainer make_trainer(int64_t tokens) {
+        return {stream_, model_, *adapter_, train_options(), SamplingFilter{}, false, tokens};
     }
 
     // Rollout of prompts x samples, training on all of it, and the update; no reward program, no
@@ -665,7 +680,7 @@ class Bench {
             options_.rl_prompt_tokens,
             options_.rl_response_tokens,
             options_.adapter,
-            options_.activation_offloading ? " offloading" : ""
+            memory_text()
         );
         row.time_us = 1e6 * (rollout + train);
         row.tokens_per_s =
@@ -693,6 +708,7 @@ class Bench {
         shape.rows = shape.sequences * options_.rl_response_tokens;
         shape.longest = length;
         shape.offload = options_.activation_offloading;
+        shape.keep_attention = train_options().keeps_attention();
         return shape;
     }
 

@@ -268,7 +268,15 @@ class Layer {
           prefix_("model.layers." + std::to_string(index) + "."),
           moe_(c_.layer_has_experts(index)) {}
 
-    void forward(bool taped) {
+    // Attention's output, and for backward its log-sum-exp.
+    void attention_output(bool with_lse) {
+        activation(tokens(), q_width());
+        if (with_lse) {
+            meter_.take(tokens() * c_.num_heads * kF32);
+        }
+    }
+
+    void forward(bool taped, bool kept_attention) {
         const Site q = attention_site("q_proj", c_.width, q_width());
         const Site k = attention_site("k_proj", c_.width, kv_width());
         const Site v = attention_site("v_proj", c_.width, kv_width());
@@ -277,11 +285,12 @@ class Layer {
         linears({q, k, v});
         activation(tokens(), q_width());  // after rope
         activation(tokens(), kv_width());
-        activation(tokens(), q_width());  // of attention
-        if (taped) {
-            meter_.take(tokens() * c_.num_heads * kF32);
+        if (!kept_attention) {
+            attention_output(taped);
         }
-        attention(false);
+        if (!kept_attention || !taped) {
+            attention(false);
+        }
         activation(tokens(), c_.width);
         linear(tokens(), o, false, false);
         activation(tokens(), c_.width);  // after the second norm
@@ -510,16 +519,25 @@ void expert_buffers(const ScratchModel& m, Meter& meter, int64_t tokens) {
     }
 }
 
-void hidden(const ScratchModel& m, Meter& meter, const BatchShape& batch, bool keep_inputs) {
+void hidden(
+    const ScratchModel& m,
+    Meter& meter,
+    const BatchShape& batch,
+    bool keep_inputs,
+    bool keep_attention
+) {
     const int64_t bytes = batch.tokens * m.config.width * dtype_bytes(m.compute);
     for (int64_t i = 0; i < (keep_inputs ? m.config.num_layers + 1 : 2); ++i) {
         meter.take(bytes);
+    }
+    for (int64_t layer = 0; keep_attention && layer < m.config.num_layers; ++layer) {
+        Layer(m, meter, batch, layer).attention_output(true);
     }
     const Scope decoded(meter);
     expert_buffers(m, meter, batch.tokens);
     for (int64_t layer = 0; layer < m.config.num_layers; ++layer) {
         const Scope scope(meter);
-        Layer(m, meter, batch, layer).forward(false);
+        Layer(m, meter, batch, layer).forward(false, keep_attention);
     }
 }
 
@@ -557,7 +575,7 @@ int64_t training_scratch(const ScratchModel& m, const TrainShape& shape) {
     if (shape.replay_routing) {
         meter.take(training_pages(shape) * routing_page_bytes(m));
     }
-    hidden(m, meter, batch, !shape.offload);
+    hidden(m, meter, batch, !shape.offload, shape.keep_attention);
     columns();  // rows
     columns();  // targets
     meter.take(shape.rows * row_bytes);
@@ -575,7 +593,7 @@ int64_t training_scratch(const ScratchModel& m, const TrainShape& shape) {
         const Scope scope(meter);
         meter.take(shape.tokens * row_bytes);
         Layer layer(m, meter, batch, index);
-        layer.forward(true);
+        layer.forward(true, shape.keep_attention);
         layer.backward();
     }
     return meter.peak();
@@ -586,7 +604,7 @@ int64_t prefill_scratch(const ScratchModel& m, const PrefillShape& shape) {
     const BatchShape batch{shape.tokens, shape.sequences, shape.longest};
     const int64_t row_bytes = m.config.width * dtype_bytes(m.compute);
     upload(meter, batch);
-    hidden(m, meter, batch, false);
+    hidden(m, meter, batch, false, false);
     meter.take(shape.draws * kF32);
     meter.take(shape.draws * row_bytes);
     meter.take(shape.draws * row_bytes);
@@ -601,7 +619,7 @@ int64_t decode_scratch(
     const ScratchModel& m, int64_t batch, int64_t longest, const SamplingFilter& filter
 ) {
     Meter meter(false);
-    hidden(m, meter, {batch, batch, longest}, false);
+    hidden(m, meter, {batch, batch, longest}, false, false);
     const int64_t row_bytes = m.config.width * dtype_bytes(m.compute);
     meter.take(batch * row_bytes);
     meter.take(batch * row_bytes);
