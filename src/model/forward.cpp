@@ -100,7 +100,9 @@ Tensor Pass::linear(Tensor x, const LinearWeights& weights, Tensor residual, Ten
     const Tensor y = out.defined() ? out : scratch_like(*this, x.rows(), weights.w.rows);
     LinearParams p = linear_params(x, weights);
     p.residual = residual;
-    orbit::linear(stream, p, y);
+    if (computes(out)) {
+        orbit::linear(stream, p, y);
+    }
     record_linear(p, weights.site, y);
     return y;
 }
@@ -261,7 +263,9 @@ Tensor Pass::grouped_linear(const Routing& routing, Tensor x, const ExpertWeight
 }
 
 Tensor Pass::combine(const Routing& routing, Tensor x, Tensor residual, Tensor out) {
-    combine_rows(stream, routing, x, residual, out);
+    if (computes(out)) {
+        combine_rows(stream, routing, x, residual, out);
+    }
     if (tape != nullptr) {
         tape->record([this, routing, x, residual, out](Tape& t) {
             const Tensor dy = t.of_output(out);
@@ -396,8 +400,8 @@ void backward_layers(Pass& pass, const SavedActivations& saved, Tensor d_hidden)
                 saved.offload->fetch(pass.stream, layer - 1, below);
             }
         }
-        const Tensor y = forward_layer(recompute, layer, x, scratch_same(recompute, x));
-        tape.alias(y, d_hidden);
+        // The output is not computed, and goes by its gradient's memory.
+        tape.alias(forward_layer(recompute, layer, x, d_hidden), d_hidden);
         tape.run_backward();
         const Tensor dx = tape.of_output(x);
         if (dx.data != d_hidden.data) {

@@ -1,6 +1,6 @@
 // The one forward. Rollout, scoring and training call these functions; with a tape the ops record
 // themselves, without one they record nothing. The arithmetic is the same either way, so the bits
-// are.
+// are; with a tape the output of a layer, which backward does not read, is left out.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,9 @@ struct Pass {
     // that is run again for backward takes it instead of running attention again.
     const AttentionOutput* kept_attention = nullptr;
 
-    // Recorded ops. `out`: where to write; undefined: new scratch memory.
+    // Recorded ops. `out`: where to write; undefined: new scratch memory. What has an `out` is the
+    // output of its layer: with a tape it is not computed, since backward asks for its gradient
+    // alone.
     Tensor rms_norm(Tensor x, const float* weight);
     Tensor linear(Tensor x, const LinearWeights& weights, Tensor residual = {}, Tensor out = {});
     // Several layers of one input.
@@ -60,9 +62,11 @@ struct Pass {
 
     LinearParams linear_params(Tensor x, const LinearWeights& weights) const;
     void record_linear(const LinearParams& p, int32_t site, Tensor y);
+
+    bool computes(Tensor out) const { return tape == nullptr || !out.defined(); }
 };
 
-// x after layer `index`; written to `out` ([T, width]).
+// x after layer `index`; written to `out` ([T, width]). With a tape nothing is written there.
 Tensor forward_layer(Pass& pass, int64_t index, Tensor x, Tensor out);
 
 // What forward keeps for backward, in scratch: the input of every layer, [T, width], and if asked

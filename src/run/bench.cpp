@@ -467,6 +467,21 @@ class Bench {
         return parameters + share * in_experts;
     }
 
+    // Of a token in training: forward, what backward runs again (forward.h), and gradients. The
+    // last product of a dense layer is not run again, nor is attention when it is kept.
+    double train_flops() const {
+        const ModelConfig& c = model_.config;
+        const auto dense_layers = static_cast<double>(c.num_layers - c.num_expert_layers());
+        const double once = dense_layers * static_cast<double>(c.mlp_width * c.width);
+        const double products =
+            6.0 * (linear_parameters() + static_cast<double>(c.vocab_size * c.width)) - 2.0 * once;
+        const double attention =
+            2.0 *
+            static_cast<double>(options_.train_length * c.num_layers * c.num_heads * c.head_dim);
+        const double again = train_options().keeps_attention() ? 0.0 : 1.0;
+        return products + (1.0 + again + 2.5) * attention;
+    }
+
     void decode(int64_t batch) {
         const ModelConfig& c = model_.config;
         const int64_t length = stream_.is_cpu() ? 16 : 96;
@@ -581,15 +596,8 @@ class Bench {
             adapter_->publish(stream_, adapter_->current_version() + 1);
         };
         const double seconds = time_of(stream_, 3, 1, step);
-        const ModelConfig& c = model_.config;
         const double tokens = static_cast<double>(options_.train_tokens);
-        const double attention =
-            2.0 *
-            static_cast<double>(options_.train_length * c.num_layers * c.num_heads * c.head_dim);
-        const double passes = train_options().keeps_attention() ? 3.5 : 4.5;  // gradient: 2.5
-        const double flops =
-            tokens * (6.0 * (linear_parameters() + static_cast<double>(c.vocab_size * c.width)) +
-                      passes * attention);
+        const double flops = tokens * train_flops();
         BenchRow row;
         row.what = "train step";
         row.shape = fmt::format(
@@ -603,8 +611,7 @@ class Bench {
         row.time_us = 1e6 * seconds;
         row.floor_us = options_.matrix_flops_per_s > 0 ? floor_us(0, flops) : 0;
         row.tokens_per_s = tokens / seconds;
-        row.note =
-            fmt::format("{:.1f} TFLOP/s (6N, attention and head in)", flops / seconds * 1e-12);
+        row.note = fmt::format("{:.1f} TFLOP/s (attention and head in)", flops / seconds * 1e-12);
         row.digest = digest_of(stream_, *adapter_);
         add_streamed(row, options_.train_tokens, 2);
         report_memory(row, memory);

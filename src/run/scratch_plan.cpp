@@ -294,7 +294,7 @@ class Layer {
         activation(tokens(), c_.width);
         linear(tokens(), o, false, false);
         activation(tokens(), c_.width);  // after the second norm
-        moe_ ? forward_experts() : forward_mlp();
+        moe_ ? forward_experts() : forward_mlp(taped);
     }
 
     void backward() {
@@ -389,13 +389,16 @@ class Layer {
         meter_.take((pieces + batch_.sequences) * c_.num_kv_heads * kUnitBytes);
     }
 
-    void forward_mlp() {
+    // With a tape the output is not computed.
+    void forward_mlp(bool taped) {
         linears(
             {mlp_site("gate_proj", c_.width, c_.mlp_width),
              mlp_site("up_proj", c_.width, c_.mlp_width)}
         );
         activation(tokens(), c_.mlp_width);
-        linear(tokens(), mlp_site("down_proj", c_.mlp_width, c_.width), false, false);
+        if (!taped) {
+            linear(tokens(), mlp_site("down_proj", c_.mlp_width, c_.width), false, false);
+        }
     }
 
     void backward_mlp() {
@@ -591,7 +594,6 @@ int64_t training_scratch(const ScratchModel& m, const TrainShape& shape) {
     expert_buffers(m, meter, shape.tokens);
     for (int64_t index = m.config.num_layers - 1; index >= 0; --index) {
         const Scope scope(meter);
-        meter.take(shape.tokens * row_bytes);
         Layer layer(m, meter, batch, index);
         layer.forward(true, shape.keep_attention);
         layer.backward();
