@@ -80,6 +80,12 @@ LinearParams Pass::linear_params(Tensor x, const LinearWeights& weights) const {
     return p;
 }
 
+void Pass::keep_lora_u(LinearParams& p) const {
+    if (tape != nullptr && p.adapter.kind == AdapterKind::kLora) {
+        p.lora_u = take_lora_u(stream, p);
+    }
+}
+
 void Pass::record_linear(const LinearParams& p, int32_t site, Tensor y) {
     if (tape == nullptr) {
         return;
@@ -101,6 +107,7 @@ Tensor Pass::linear(Tensor x, const LinearWeights& weights, Tensor residual, Ten
     LinearParams p = linear_params(x, weights);
     p.residual = residual;
     if (computes(out)) {
+        keep_lora_u(p);
         orbit::linear(stream, p, y);
     }
     record_linear(p, weights.site, y);
@@ -112,6 +119,7 @@ std::vector<Tensor> Pass::linears(Tensor x, std::initializer_list<const LinearWe
     std::vector<Tensor> outputs;
     for (const LinearWeights* w : weights) {
         params.push_back(linear_params(x, *w));
+        keep_lora_u(params.back());
         outputs.push_back(scratch_like(*this, x.rows(), w->w.rows));
     }
     linear_group(stream, params, outputs);

@@ -61,6 +61,7 @@ struct Pass {
     Tensor combine(const Routing& routing, Tensor x, Tensor residual, Tensor out);
 
     LinearParams linear_params(Tensor x, const LinearWeights& weights) const;
+    void keep_lora_u(LinearParams& p) const;  // for backward, with a tape
     void record_linear(const LinearParams& p, int32_t site, Tensor y);
 
     bool computes(Tensor out) const { return tape == nullptr || !out.defined(); }

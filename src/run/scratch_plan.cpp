@@ -89,6 +89,7 @@ struct Site {
     AdapterKind kind = AdapterKind::kNone;
     int64_t rank = 0;
     int64_t block = 0;
+    bool keeps_u = false;  // LoRA's, for backward: not the op's to take
 };
 
 // dense_cpu.cpp.
@@ -120,7 +121,7 @@ class CpuLinear {
             multiply(s.out, s.in);
             rotate(s);
         } else {
-            {
+            if (!s.keeps_u) {
                 const Scope inner(meter_);
                 low_rank_input(s);
             }
@@ -152,7 +153,9 @@ class CpuLinear {
     }
 
     void low_rank_input(const Site& s) {
-        meter_.take(rows_ * s.rank * element_);
+        if (!s.keeps_u) {
+            meter_.take(rows_ * s.rank * element_);
+        }
         multiply(s.in, s.rank);
     }
 
@@ -209,7 +212,9 @@ class GpuLinear {
         const Scope scope(meter_);
         int64_t elements = 0;
         for (const Site& s : sites) {
-            take_input(s);
+            if (!s.keeps_u) {
+                take_input(s);
+            }
             elements += s.in * s.out;
         }
         decode_first(m_, meter_, rows_, m_.packed.linears && !grouped_, elements);
@@ -221,7 +226,9 @@ class GpuLinear {
         decode_first(m_, meter_, rows_, m_.packed.linears && !grouped_, s.in * s.out);
         if (s.kind == AdapterKind::kLora) {
             partials(s.in * s.rank);
-            take_input(s);
+            if (!s.keeps_u) {
+                take_input(s);
+            }
             partials(s.out * s.rank);
         } else if (s.kind == AdapterKind::kOft && s.block % 16 == 0 && s.block <= 128) {
             partials(s.in * s.block);
@@ -260,13 +267,20 @@ struct BatchShape {
 // One layer of forward.cpp and the families: activations, then gradients in backward's order.
 class Layer {
   public:
-    Layer(const ScratchModel& model, Meter& meter, const BatchShape& batch, int64_t index)
+    Layer(
+        const ScratchModel& model,
+        Meter& meter,
+        const BatchShape& batch,
+        int64_t index,
+        bool taped = false
+    )
         : m_(model),
           c_(model.config),
           meter_(meter),
           batch_(batch),
           prefix_("model.layers." + std::to_string(index) + "."),
-          moe_(c_.layer_has_experts(index)) {}
+          moe_(c_.layer_has_experts(index)),
+          taped_(taped) {}
 
     // Attention's output, and for backward its log-sum-exp.
     void attention_output(bool with_lse) {
@@ -276,7 +290,7 @@ class Layer {
         }
     }
 
-    void forward(bool taped, bool kept_attention) {
+    void forward(bool kept_attention) {
         const Site q = attention_site("q_proj", c_.width, q_width());
         const Site k = attention_site("k_proj", c_.width, kv_width());
         const Site v = attention_site("v_proj", c_.width, kv_width());
@@ -286,15 +300,15 @@ class Layer {
         activation(tokens(), q_width());  // after rope
         activation(tokens(), kv_width());
         if (!kept_attention) {
-            attention_output(taped);
+            attention_output(taped_);
         }
-        if (!kept_attention || !taped) {
+        if (!kept_attention || !taped_) {
             attention(false);
         }
         activation(tokens(), c_.width);
         linear(tokens(), o, false, false);
         activation(tokens(), c_.width);  // after the second norm
-        moe_ ? forward_experts() : forward_mlp(taped);
+        moe_ ? forward_experts() : forward_mlp();
     }
 
     void backward() {
@@ -338,15 +352,30 @@ class Layer {
     }
 
     Site attention_site(const char* leaf, int64_t in, int64_t out) const {
-        return site(prefix_ + "self_attn." + leaf, in, out);
+        return kept(site(prefix_ + "self_attn." + leaf, in, out));
+    }
+
+    // With a tape the products that are computed leave LoRA's u for backward.
+    Site kept(Site s) const {
+        s.keeps_u = taped_ && s.kind == AdapterKind::kLora;
+        return s;
     }
 
     Site mlp_site(const char* leaf, int64_t in, int64_t out) const {
         return site(prefix_ + (moe_ ? "mlp.experts.0." : "mlp.") + leaf, in, out);
     }
 
+    void take_u(const Site& s, int64_t rows) {
+        if (s.keeps_u) {
+            activation(rows, m_.on_cpu ? s.rank : round_up(s.rank, 16));
+        }
+    }
+
     // Experts run one after the other on a CPU, in one launch on a GPU.
     void linear(int64_t rows, const Site& s, bool is_backward, bool grouped) {
+        if (!is_backward) {
+            take_u(s, rows);
+        }
         if (!m_.on_cpu) {
             GpuLinear op(m_, meter_, rows, grouped);
             is_backward ? op.backward(s) : op.forward({s});
@@ -361,6 +390,7 @@ class Layer {
     // Pass::linears.
     void linears(std::initializer_list<Site> sites) {
         for (const Site& s : sites) {
+            take_u(s, tokens());
             activation(tokens(), s.out);
         }
         if (!m_.on_cpu) {
@@ -390,13 +420,13 @@ class Layer {
     }
 
     // With a tape the output is not computed.
-    void forward_mlp(bool taped) {
+    void forward_mlp() {
         linears(
-            {mlp_site("gate_proj", c_.width, c_.mlp_width),
-             mlp_site("up_proj", c_.width, c_.mlp_width)}
+            {kept(mlp_site("gate_proj", c_.width, c_.mlp_width)),
+             kept(mlp_site("up_proj", c_.width, c_.mlp_width))}
         );
         activation(tokens(), c_.mlp_width);
-        if (!taped) {
+        if (!taped_) {
             linear(tokens(), mlp_site("down_proj", c_.mlp_width, c_.width), false, false);
         }
     }
@@ -408,7 +438,7 @@ class Layer {
         activation(tokens(), c_.mlp_width);
         activation(tokens(), c_.width);
         for (const char* leaf : {"gate_proj", "up_proj"}) {
-            linear(tokens(), mlp_site(leaf, c_.width, c_.mlp_width), true, false);
+            linear(tokens(), kept(mlp_site(leaf, c_.width, c_.mlp_width)), true, false);
         }
     }
 
@@ -460,6 +490,7 @@ class Layer {
     BatchShape batch_;
     std::string prefix_;
     bool moe_;
+    bool taped_;
 };
 
 // One chunk of logits of logprob_cpu.cpp or logprob_cuda.cu, and what is around it.
@@ -540,7 +571,7 @@ void hidden(
     expert_buffers(m, meter, batch.tokens);
     for (int64_t layer = 0; layer < m.config.num_layers; ++layer) {
         const Scope scope(meter);
-        Layer(m, meter, batch, layer).forward(false, keep_attention);
+        Layer(m, meter, batch, layer).forward(keep_attention);
     }
 }
 
@@ -594,8 +625,8 @@ int64_t training_scratch(const ScratchModel& m, const TrainShape& shape) {
     expert_buffers(m, meter, shape.tokens);
     for (int64_t index = m.config.num_layers - 1; index >= 0; --index) {
         const Scope scope(meter);
-        Layer layer(m, meter, batch, index);
-        layer.forward(true, shape.keep_attention);
+        Layer layer(m, meter, batch, index, true);
+        layer.forward(shape.keep_attention);
         layer.backward();
     }
     return meter.peak();
