@@ -115,6 +115,9 @@ def test_training_run_leaves_what_the_contract_names(folder):
     offloaded = folder / "offloaded"
     expect_ok(orbit(*train_args(offloaded, "train.activation_offloading=true")), "train with offloading")
     expect_same_run(run, offloaded, "with layer inputs in host memory")
+    recomputed = folder / "recomputed"
+    expect_ok(orbit(*train_args(recomputed, "train.recompute=full")), "train with full recomputation")
+    expect_same_run(run, recomputed, "with attention computed again")
     other = folder / "other"
     expect_ok(orbit(*train_args(other, "seed=2")), "train with another seed")
     expect(reproducible(run)[1] != reproducible(other)[1], "another seed gives other rollouts")

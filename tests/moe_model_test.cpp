@@ -105,13 +105,13 @@ class MoeModelTest : public ::testing::Test {
         const KvCache kv(*model, 1, 6);
         const int slot = adapter.pin_current();
         Pass pass{stream, *model, batch.upload(stream), kv, &adapter, slot};
-        LayerInputs inputs;
-        const Tensor hidden = forward_hidden(pass, &inputs);
+        SavedActivations saved;
+        const Tensor hidden = forward_hidden(pass, &saved);
         Passes passes;
         for (int64_t i = 0; i < hidden.numel(); ++i) {
             passes.values.push_back(to_float(hidden.as<bf16>()[i]));
         }
-        backward_layers(pass, inputs, hidden);
+        backward_layers(pass, saved, hidden);
         adapter.unpin(slot);
         passes.values.insert(
             passes.values.end(), adapter.gradients(), adapter.gradients() + adapter.num_parameters()

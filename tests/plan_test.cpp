@@ -6,6 +6,7 @@
 #include "base/philox.h"
 #include "model_files.h"
 #include "ops/decoded_weights.h"
+#include "ops/head_chunk.h"
 #include "run/gpu_plan.h"
 #include "run/memory_plan.h"
 #include "train/trainer.h"
@@ -41,11 +42,18 @@ void compare(
     const AdapterOptions& options,
     const char* isa,
     const DequantOptions& dequant = {},
-    bool offload = false,
+    const TrainOptions& train = {},
     int64_t host_layers = 0
 ) {
     const std::string what = fmt::format(
-        "{} {} {} {} {} {}", path, options.kind, isa, dequant.rows, offload, host_layers
+        "{} {} {} {} {} {} {}",
+        path,
+        options.kind,
+        isa,
+        dequant.rows,
+        train.activation_offloading,
+        train.recompute,
+        host_layers
     );
     const Device device = make_device("cpu", isa, 2);
     Stream stream(device);
@@ -82,11 +90,10 @@ void compare(
     for (size_t i = 0; i < texts.size(); ++i) {
         sequences.push_back({&texts[i], 20, static_cast<int64_t>(i)});
     }
-    shape.offload = offload;
+    shape.offload = train.activation_offloading;
+    shape.keep_attention = train.keeps_attention();
     const int64_t training = training_scratch(m, shape);
     stream.scratch.reserve(static_cast<size_t>(training));
-    TrainOptions train;
-    train.activation_offloading = offload;
     Trainer trainer(stream, *model, adapter, train, SamplingFilter{}, false, shape.tokens);
     const int slot = adapter.pin_current();
     trainer.accumulate(sequences, slot, [](auto, auto, auto coefficients) {
@@ -160,8 +167,17 @@ TEST(Plan, ModelWithExpertsTakesWhatWasPredicted) {
 
 TEST(Plan, OffloadingTakesWhatWasPredicted) {
     for (const AdapterOptions& options : both_kinds()) {
-        compare(source_path("models/mini-qwen3-int4"), options, "auto", {}, true);
-        compare(source_path("tests/models/tiny-qwen3-moe"), options, "auto", {}, true);
+        const TrainOptions train{.activation_offloading = true};
+        compare(source_path("models/mini-qwen3-int4"), options, "auto", {}, train);
+        compare(source_path("tests/models/tiny-qwen3-moe"), options, "auto", {}, train);
+    }
+}
+
+TEST(Plan, FullRecomputationTakesWhatWasPredicted) {
+    for (const AdapterOptions& options : both_kinds()) {
+        const TrainOptions train{.recompute = "full"};
+        compare(source_path("models/mini-qwen3-int4"), options, "auto", {}, train);
+        compare(source_path("tests/models/tiny-qwen3-moe"), options, "auto", {}, train);
     }
 }
 
@@ -198,6 +214,39 @@ TEST(Plan, OffloadingMovesLayerInputsToTheHost) {
         EXPECT_EQ(offloaded.pinned, static_cast<size_t>(on_cpu ? 0 : moved));
         EXPECT_EQ(plan_text(offloaded).find("pinned host memory") != std::string::npos, !on_cpu);
     }
+}
+
+// Outputs and log-sum-exps of all layers; one layer's would be there anyway.
+TEST(Plan, KeptAttentionIsWhatFullRecomputationSaves) {
+    ScratchModel m = demo_scratch();
+    TrainShape shape = large_batch();
+    const ModelConfig& c = m.config;
+    const int64_t layer = shape.tokens * c.num_heads * (c.head_dim * 2 + 4);
+    Config config;
+    for (const bool on_cpu : {false, true}) {
+        m.on_cpu = on_cpu;
+        shape.keep_attention = false;
+        const MemoryPlan full = plan_memory(m, 0, {}, shape);
+        shape.keep_attention = true;
+        const MemoryPlan kept = plan_memory(m, 0, {}, shape);
+        EXPECT_EQ(kept.scratch - full.scratch, static_cast<size_t>((c.num_layers - 1) * layer));
+        EXPECT_EQ(kept.recomputable, kept.scratch - full.scratch);
+        EXPECT_EQ(full.recomputable, 0U);
+        const std::string advice = "set train.recompute = \"full\"";
+        const auto refused = [&](const MemoryPlan& plan) {
+            return model_files::refusal([&] { check_fits(plan, config, 1000, 0); });
+        };
+        EXPECT_NE(refused(kept).find(advice), std::string::npos);
+        EXPECT_EQ(refused(full).find(advice), std::string::npos);
+    }
+}
+
+TEST(Plan, HeadTakesRowsEnoughAtOnce) {
+    EXPECT_EQ(head_chunk_rows(8192, 151936), 512) << "what the pairs of blocks ask for";
+    EXPECT_EQ(head_chunk_rows(100, 151936), 100);
+    EXPECT_EQ(head_chunk_rows(8192, 128256), 640);
+    EXPECT_EQ(head_chunk_rows(8192, int64_t{1} << 24), 128);
+    EXPECT_EQ(head_chunk_rows(int64_t{1} << 20, 64), 16384);
 }
 
 // On a GPU that decodes packed weights before products of many rows.
@@ -262,7 +311,7 @@ TEST(Plan, OffloadingIsSuggestedToAGpuThatIsTooSmall) {
 }
 
 TEST(Plan, StagedExpertsTakeWhatWasPredicted) {
-    compare(source_path("tests/models/tiny-qwen3-moe"), both_kinds()[0], "auto", {}, false, 1);
+    compare(source_path("tests/models/tiny-qwen3-moe"), both_kinds()[0], "auto", {}, {}, 1);
 }
 
 // On a GPU that is too small the plan keeps the experts of as few layers as it takes in host
@@ -381,8 +430,13 @@ TEST(Plan, SettingsChangeWhatIsNeeded) {
     other.adapter.rank = 128;
     EXPECT_GT(total(other), total(config));
     other = config;
+    other.train.recompute = "full";
+    EXPECT_LT(total(other), total(config));
+    const size_t full = total(other);
     other.train.activation_offloading = true;
-    EXPECT_EQ(total(other), total(config)) << "a CPU's host memory is its own";
+    EXPECT_EQ(total(other), full) << "a CPU's host memory is its own";
+    other.train.recompute = "selective";
+    EXPECT_EQ(total(other), full) << "offloading recomputes all";
 }
 
 TEST(Plan, ScratchIsReservedInOneBlock) {
@@ -565,9 +619,11 @@ TEST(GpuPlan, LayerInputsGoToHostMemoryWhenAsked) {
     options.tokens = 65536;
     for (const bool counted : {true, false}) {
         m.runs = counted;
+        options.recompute = "full";
         options.activation_offloading = false;
         const GpuPlan kept = plan_gpus(m, options);
         EXPECT_NE(gpu_plan_text(m, options, kept).find("--activation-off"), std::string::npos);
+        options.recompute = "selective";  // means nothing to offloading
         options.activation_offloading = true;
         const GpuPlan offloaded = plan_gpus(m, options);
         EXPECT_EQ(offloaded.pinned, size_t{35} * 65536 * 4096 * 2);
@@ -575,6 +631,26 @@ TEST(GpuPlan, LayerInputsGoToHostMemoryWhenAsked) {
         const std::string text = gpu_plan_text(m, options, offloaded);
         EXPECT_NE(text.find("in pinned host memory"), std::string::npos);
         EXPECT_EQ(text.find("--activation-off"), std::string::npos);
+    }
+}
+
+TEST(GpuPlan, AttentionIsKeptUnlessFullRecomputationIsAsked) {
+    PlanModel m = plan_model("Qwen3-8B", "");
+    GpuPlanOptions options;
+    options.gpus = "RTX4090";
+    options.tokens = 65536;
+    const double layer = 65536 * (32 * 128 * 2);
+    for (const bool counted : {true, false}) {
+        m.runs = counted;
+        options.recompute = "selective";
+        const GpuPlan kept = plan_gpus(m, options);
+        EXPECT_NE(gpu_plan_text(m, options, kept).find("--recompute full"), std::string::npos);
+        options.recompute = "full";
+        const GpuPlan full = plan_gpus(m, options);
+        EXPECT_EQ(gpu_plan_text(m, options, full).find("--recompute full"), std::string::npos);
+        // Counted: with the log-sum-exps, and one layer's would be there anyway.
+        const double expected = counted ? 35 * (layer + 65536 * 32 * 4) : 36 * layer;
+        EXPECT_DOUBLE_EQ(kept.total() - full.total(), expected);
     }
 }
 

@@ -274,6 +274,17 @@ void add_inspect(CLI::App& app, std::string& path, Action& action) {
     command->callback([&] { action = [&] { return run_inspect(path); }; });
 }
 
+void add_recompute(CLI::App* command, std::string& recompute) {
+    command
+        ->add_option(
+            "--recompute",
+            recompute,
+            "train.recompute: full, or selective, which keeps attention's outputs"
+        )
+        ->capture_default_str()
+        ->check(CLI::IsMember({"selective", "full"}));
+}
+
 void add_bench(CLI::App& app, BenchArgs& args, Action& action) {
     CLI::App* command = add_command(
         app,
@@ -304,6 +315,7 @@ void add_bench(CLI::App& app, BenchArgs& args, Action& action) {
         ->capture_default_str();
     command->add_option("--train-tokens", o.train_tokens, "tokens of a training batch")
         ->capture_default_str();
+    add_recompute(command, o.recompute);
     command->add_flag(
         "--activation-offloading",
         o.activation_offloading,
@@ -375,6 +387,7 @@ void add_plan(CLI::App& app, PlanArgs& args, Action& action) {
     command->add_option("--tokens", o.tokens, "tokens of a training batch")
         ->capture_default_str()
         ->check(CLI::Range(1, 1 << 28));
+    add_recompute(command, o.recompute);
     command->add_flag(
         "--activation-offloading",
         o.activation_offloading,

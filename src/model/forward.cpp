@@ -33,6 +33,22 @@ NormRopeParams rope_params(const Pass& pass, Tensor x, const float* norm_weight)
     return p;
 }
 
+AttentionOutput take_attention_output(Pass& pass, bool with_lse) {
+    const ModelConfig& c = pass.model.config;
+    Scratch& scratch = pass.stream.scratch;
+    const int64_t T = pass.batch.num_tokens;
+    AttentionOutput output;
+    output.o = scratch.take(pass.model.compute, {T, c.num_heads, c.head_dim});
+    if (with_lse) {
+        output.lse = scratch.take(DType::kF32, {T, c.num_heads}).as<float>();
+    }
+    return output;
+}
+
+const AttentionOutput* kept_attention_of(const SavedActivations& saved, int64_t layer) {
+    return saved.attention.empty() ? nullptr : &saved.attention[static_cast<size_t>(layer)];
+}
+
 // The router's weights of the chosen experts, as an activation with a gradient.
 Tensor router_weights(const Routing& routing) {
     return make_tensor(routing.weight, DType::kF32, {routing.num_tokens, routing.num_selected});
@@ -65,6 +81,12 @@ LinearParams Pass::linear_params(Tensor x, const LinearWeights& weights) const {
     return p;
 }
 
+void Pass::keep_lora_u(LinearParams& p) const {
+    if (tape != nullptr && p.adapter.kind == AdapterKind::kLora) {
+        p.lora_u = take_lora_u(stream, p);
+    }
+}
+
 void Pass::record_linear(const LinearParams& p, int32_t site, Tensor y) {
     if (tape == nullptr) {
         return;
@@ -85,7 +107,10 @@ Tensor Pass::linear(Tensor x, const LinearWeights& weights, Tensor residual, Ten
     const Tensor y = out.defined() ? out : scratch_like(*this, x.rows(), weights.w.rows);
     LinearParams p = linear_params(x, weights);
     p.residual = residual;
-    orbit::linear(stream, p, y);
+    if (computes(out)) {
+        keep_lora_u(p);
+        orbit::linear(stream, p, y);
+    }
     record_linear(p, weights.site, y);
     return y;
 }
@@ -95,6 +120,7 @@ std::vector<Tensor> Pass::linears(Tensor x, std::initializer_list<const LinearWe
     std::vector<Tensor> outputs;
     for (const LinearWeights* w : weights) {
         params.push_back(linear_params(x, *w));
+        keep_lora_u(params.back());
         outputs.push_back(scratch_like(*this, x.rows(), w->w.rows));
     }
     linear_group(stream, params, outputs);
@@ -137,14 +163,13 @@ Tensor Pass::attention(const RotatedHeads& heads, Tensor v, KvView pages) {
     p.kv = pages;
     p.batch = batch;
     p.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(model.config.head_dim)));
-    const Tensor o = scratch_same(*this, q);
-    float* lse = nullptr;
-    if (tape != nullptr) {
-        lse = stream.scratch.take(DType::kF32, {q.shape[0], q.shape[1]}).as<float>();
+    const auto [o, lse] =
+        kept_attention != nullptr ? *kept_attention : take_attention_output(*this, tape != nullptr);
+    if (kept_attention == nullptr || tape == nullptr) {
+        orbit::attention(stream, p, o, lse);
     }
-    orbit::attention(stream, p, o, lse);
     if (tape != nullptr) {
-        tape->record([this, p, o, lse](Tape& t) {
+        tape->record([this, p, o = o, lse = lse](Tape& t) {
             const Tensor d_o = t.of_output(o);
             const auto dq = t.of_input(p.q);
             const auto dk = t.of_input(p.k);
@@ -255,7 +280,9 @@ Tensor Pass::grouped_linear(const Routing& routing, Tensor x, const ExpertWeight
 }
 
 Tensor Pass::combine(const Routing& routing, Tensor x, Tensor residual, Tensor out) {
-    combine_rows(stream, routing, x, residual, out);
+    if (computes(out)) {
+        combine_rows(stream, routing, x, residual, out);
+    }
     if (tape != nullptr) {
         tape->record([this, routing, x, residual, out](Tape& t) {
             const Tensor dy = t.of_output(out);
@@ -287,16 +314,19 @@ int64_t dequant_bytes(const Model& model, int64_t tokens) {
     return dequant_bytes(model.config, model.dequant, tokens);
 }
 
-Tensor forward_hidden(Pass& pass, LayerInputs* inputs) {
+Tensor forward_hidden(Pass& pass, SavedActivations* saved) {
     const int64_t T = pass.batch.num_tokens;
     const int64_t D = pass.model.config.width;
     const int64_t num_layers = pass.model.config.num_layers;
-    ActivationOffload* offload = inputs != nullptr ? inputs->offload : nullptr;
+    ActivationOffload* offload = saved != nullptr ? saved->offload : nullptr;
     // Two buffers in turn; when every layer's input stays, each output has memory of its own.
-    const bool keep = inputs != nullptr && offload == nullptr;
+    const bool keep = saved != nullptr && offload == nullptr;
     std::vector<Tensor> buffers;
     for (int64_t i = 0; i < (keep ? num_layers + 1 : 2); ++i) {
         buffers.push_back(scratch_like(pass, T, D));
+    }
+    for (int64_t i = 0; saved != nullptr && saved->keep_attention && i < num_layers; ++i) {
+        saved->attention.push_back(take_attention_output(pass, true));
     }
     Tensor x = buffers[0];
     embed(pass.stream, pass.model.embedding, pass.batch.ids, x);
@@ -311,8 +341,9 @@ Tensor forward_hidden(Pass& pass, LayerInputs* inputs) {
     }
     for (int64_t layer = 0; layer < num_layers; ++layer) {
         const ScratchScope temporaries(pass.stream.scratch);
-        if (inputs != nullptr) {
-            inputs->x.push_back(x);
+        if (saved != nullptr) {
+            saved->x.push_back(x);
+            pass.kept_attention = kept_attention_of(*saved, layer);
         }
         if (offload != nullptr) {
             offload->wait(pass.stream);  // this layer writes over the input of the one before
@@ -324,6 +355,7 @@ Tensor forward_hidden(Pass& pass, LayerInputs* inputs) {
     }
     pass.dequant = nullptr;
     pass.staging = nullptr;
+    pass.kept_attention = nullptr;
     return x;
 }
 
@@ -351,7 +383,7 @@ HeadParams head_params(const Model& model, Tensor h) {
     return p;
 }
 
-void backward_layers(Pass& pass, const LayerInputs& inputs, Tensor d_hidden) {
+void backward_layers(Pass& pass, const SavedActivations& saved, Tensor d_hidden) {
     CHECK(pass.tape == nullptr, "(the tape is made here)");
     const ScratchScope decoded(pass.stream.scratch);
     std::optional<DequantBuffer> dequant;
@@ -375,17 +407,18 @@ void backward_layers(Pass& pass, const LayerInputs& inputs, Tensor d_hidden) {
             &tape,
             dequant ? &*dequant : nullptr,
             staging ? &*staging : nullptr,
-            pass.replay};
-        const Tensor x = inputs.x[static_cast<size_t>(layer)];
-        if (inputs.offload != nullptr) {
-            inputs.offload->wait(pass.stream);
+            pass.replay,
+            kept_attention_of(saved, layer)};
+        const Tensor x = saved.x[static_cast<size_t>(layer)];
+        if (saved.offload != nullptr) {
+            saved.offload->wait(pass.stream);
             if (layer > 0) {
-                const Tensor below = inputs.x[static_cast<size_t>(layer - 1)];
-                inputs.offload->fetch(pass.stream, layer - 1, below);
+                const Tensor below = saved.x[static_cast<size_t>(layer - 1)];
+                saved.offload->fetch(pass.stream, layer - 1, below);
             }
         }
-        const Tensor y = forward_layer(recompute, layer, x, scratch_same(recompute, x));
-        tape.alias(y, d_hidden);
+        // The output is not computed, and goes by its gradient's memory.
+        tape.alias(forward_layer(recompute, layer, x, d_hidden), d_hidden);
         tape.run_backward();
         const Tensor dx = tape.of_output(x);
         if (dx.data != d_hidden.data) {

@@ -1,6 +1,6 @@
 // The one forward. Rollout, scoring and training call these functions; with a tape the ops record
 // themselves, without one they record nothing. The arithmetic is the same either way, so the bits
-// are.
+// are; with a tape the output of a layer, which backward does not read, is left out.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +24,12 @@ struct RotatedHeads {
     Tensor k;  // [T, Hkv, head_dim]
 };
 
+// What attention leaves of one layer.
+struct AttentionOutput {
+    Tensor o;              // [T, H, d]
+    float* lse = nullptr;  // [T, H], for backward
+};
+
 // One call of the model on one batch. Activations live in stream.scratch; the caller owns the
 // scope.
 struct Pass {
@@ -37,8 +43,13 @@ struct Pass {
     DequantBuffer* dequant = nullptr;
     ExpertStaging* staging = nullptr;  // where Model::staged_bytes > 0
     RoutingPages replay = {};          // experts to take instead of the router's choice
+    // Of the layer at hand, with train.recompute = "selective": forward writes it, and the layer
+    // that is run again for backward takes it instead of running attention again.
+    const AttentionOutput* kept_attention = nullptr;
 
-    // Recorded ops. `out`: where to write; undefined: new scratch memory.
+    // Recorded ops. `out`: where to write; undefined: new scratch memory. What has an `out` is the
+    // output of its layer: with a tape it is not computed, since backward asks for its gradient
+    // alone.
     Tensor rms_norm(Tensor x, const float* weight);
     Tensor linear(Tensor x, const LinearWeights& weights, Tensor residual = {}, Tensor out = {});
     // Several layers of one input.
@@ -57,22 +68,28 @@ struct Pass {
     Tensor combine(const Routing& routing, Tensor x, Tensor residual, Tensor out);
 
     LinearParams linear_params(Tensor x, const LinearWeights& weights) const;
+    void keep_lora_u(LinearParams& p) const;  // for backward, with a tape
     void record_linear(const LinearParams& p, int32_t site, Tensor y);
+
+    bool computes(Tensor out) const { return tape == nullptr || !out.defined(); }
 };
 
-// x after layer `index`; written to `out` ([T, width]).
+// x after layer `index`; written to `out` ([T, width]). With a tape nothing is written there.
 Tensor forward_layer(Pass& pass, int64_t index, Tensor x, Tensor out);
 
-// What forward keeps for backward: the input of every layer, [T, width] in scratch. Each has memory
-// of its own; with `offload` two buffers take them in turn, and all but the last are on the host.
-struct LayerInputs {
+// What forward keeps for backward, in scratch: the input of every layer, [T, width], and if asked
+// to what its attention leaves. Each has memory of its own; with `offload` two buffers take the
+// inputs in turn, and all but the last are on the host.
+struct SavedActivations {
     ActivationOffload* offload = nullptr;  // the caller's
-    std::vector<Tensor> x;                 // filled by forward_hidden
+    bool keep_attention = false;
+    std::vector<Tensor> x = {};                   // filled by forward_hidden
+    std::vector<AttentionOutput> attention = {};  // likewise; empty: computed again
 };
 
-// Embedding and all layers: the hidden states before the final norm, [T, width]. `inputs`, when
-// given, receives the input of every layer for recomputation.
-Tensor forward_hidden(Pass& pass, LayerInputs* inputs = nullptr);
+// Embedding and all layers: the hidden states before the final norm, [T, width]. `saved`, when
+// given, receives what backward_layers needs.
+Tensor forward_hidden(Pass& pass, SavedActivations* saved = nullptr);
 
 // The head's input for chosen rows: gather, then final norm. rows: device int32 [num_rows].
 // `gathered` receives the rows before the norm when given (backward needs them).
@@ -90,6 +107,6 @@ int64_t dequant_bytes(const ModelConfig& config, const DequantOptions& options, 
 // Walks all layers back from d_hidden = dL/d(hidden before the final norm) [T, width], re-running
 // each layer with a tape, and adds the adapter's gradients to its accumulators. Destroys d_hidden,
 // and with offloaded inputs what forward_hidden returned.
-void backward_layers(Pass& pass, const LayerInputs& inputs, Tensor d_hidden);
+void backward_layers(Pass& pass, const SavedActivations& saved, Tensor d_hidden);
 
 }  // namespace orbit

@@ -43,7 +43,13 @@ struct LinearParams {
     const float* bias = nullptr;  // [out], or null
     AdapterView adapter;
     Tensor residual;  // [T, out], or undefined
+    // take_lora_u(), or undefined: linear() leaves LoRA's round(x A^T) there, and linear_backward()
+    // reads it instead of computing it again.
+    Tensor lora_u;
 };
+
+// Scratch for LinearParams::lora_u: [T, r] in the compute type, r rounded up to 16 on a GPU.
+Tensor take_lora_u(Stream& stream, const LinearParams& p);
 
 void linear(
     Stream& stream, const LinearParams& p, Tensor y

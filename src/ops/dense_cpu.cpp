@@ -195,11 +195,11 @@ Tensor rotated_input(Stream& stream, const LinearParams& p) {
     return rotated;
 }
 
-// U = round(x A^T).
+// U = round(x A^T), in p.lora_u if that is defined.
 Tensor low_rank_input(Stream& stream, const LinearParams& p) {
-    const int64_t rank = rank_of(p.adapter);
-    const Tensor u = stream.scratch.take(p.x.dtype, {p.x.rows(), rank});
-    multiply(stream, p.x, as_weight(p.adapter.lora_a, rank, p.w.cols), false, 1.0f, u);
+    const Tensor u = p.lora_u.defined() ? p.lora_u : take_lora_u(stream, p);
+    const QuantizedMatrix a = as_weight(p.adapter.lora_a, rank_of(p.adapter), p.w.cols);
+    multiply(stream, p.x, a, false, 1.0f, u);
     return u;
 }
 
@@ -223,7 +223,8 @@ void backward_lora(
     const int64_t rank = rank_of(adapter);
     if (grad.lora_b != nullptr) {
         const ScratchScope inner(stream.scratch);
-        outer_sum(stream, dy, low_rank_input(stream, p), 1, adapter.lora_scale, grad.lora_b);
+        const Tensor u = p.lora_u.defined() ? p.lora_u : low_rank_input(stream, p);
+        outer_sum(stream, dy, u, 1, adapter.lora_scale, grad.lora_b);
     }
     const Tensor du = stream.scratch.take(dy.dtype, {dy.rows(), rank});
     multiply(stream, dy, as_weight(adapter.lora_b, p.w.rows, rank), true, adapter.lora_scale, du);
@@ -252,6 +253,12 @@ void backward_oft(
 }
 
 }  // namespace
+
+Tensor take_lora_u(Stream& stream, const LinearParams& p) {
+    const int64_t rank = rank_of(p.adapter);
+    const int64_t columns = stream.is_cpu() ? rank : (rank + 15) / 16 * 16;
+    return stream.scratch.take(p.x.dtype, {p.x.rows(), columns});
+}
 
 void rotation_backward(
     Stream& stream, Tensor x, Tensor oft_d, Tensor g, Tensor dx, bool accumulate_dx, float* grad

@@ -59,18 +59,17 @@ MatmulArgs backward_args(const Tensor& x, const QuantizedMatrix& w, const Tensor
     return a;
 }
 
-// For u = round(x A^T), [rows, padded rank], zero past the rank.
-Tensor take_shrunk(Stream& stream, const Tensor& x, const Tensor& lora_a) {
-    return stream.scratch.take(DType::kBF16, {x.rows(), padded_rank(lora_a.shape[0])});
-}
-
-Tensor shrink(Stream& stream, const Tensor& x, const Tensor& lora_a) {
-    const Tensor u = take_shrunk(stream, x, lora_a);
+// u = round(x A^T), [rows, padded rank], zero past the rank; the one that forward left, if it did.
+Tensor shrunk(Stream& stream, const LinearParams& p) {
+    if (p.lora_u.defined()) {
+        return p.lora_u;
+    }
+    const Tensor u = take_lora_u(stream, p);
     matmul(
         queue_of(stream),
         WeightFormat::kBF16,
         Direction::kForward,
-        forward_args(x, as_weight(lora_a), u)
+        forward_args(p.x, as_weight(p.adapter.lora_a), u)
     );
     return u;
 }
@@ -165,7 +164,7 @@ void lora_backward(
     }
     if (grad.lora_b != nullptr) {  // dB[o, j] = s sum_t dy[t, o] u[t, j]
         g.wide = activations(dy);
-        g.narrow = activations(shrink(stream, p.x, lora_a));
+        g.narrow = activations(shrunk(stream, p));
         g.width = static_cast<int32_t>(dy.cols());
         g.stride_wide = rank;
         g.stride_narrow = 1;
@@ -297,7 +296,7 @@ void linear_group(Stream& stream, std::span<const LinearParams> params, std::spa
             a.epilogue.residual = activations(p.residual);
         }
         if (p.adapter.kind == AdapterKind::kLora) {
-            const Tensor u = take_shrunk(stream, p.x, p.adapter.lora_a);
+            const Tensor u = p.lora_u.defined() ? p.lora_u : take_lora_u(stream, p);
             shrinks.args[shrinks.count++] = forward_args(p.x, as_weight(p.adapter.lora_a), u);
             a.epilogue.lora_u = activations(u);
             a.epilogue.lora_b = activations(p.adapter.lora_b);

@@ -8,6 +8,7 @@
 #include "device/cuda/math.cuh"
 #include "device/cuda/rows.cuh"
 #include "ops/cuda_ops.h"
+#include "ops/head_chunk.h"
 #include "ops/logprob_cuda.cuh"
 
 namespace orbit::cuda {
@@ -16,7 +17,6 @@ namespace {
 constexpr int kTileIds = 1024;
 constexpr int kTileWarps = 4;  // tiles of one thread block
 constexpr int kMergeThreads = 128;
-constexpr int64_t kChunkBytes = int64_t{256} << 20;
 constexpr float kLowest = -100.0f;  // exp is 0 there, and 0 * x stays finite
 
 struct TileStats {
@@ -360,9 +360,7 @@ Head head_of(const HeadParams& p) {
     head.num_tokens = p.num_tokens > 0 ? p.num_tokens : head.vocabulary;
     CHECK_LE(head.num_tokens, head.vocabulary);
     head.tiles = static_cast<int32_t>(ceil_div(head.vocabulary, kTileIds));
-    // Rows do not depend on each other, so the chunk's size changes no bits.
-    const int64_t fit = kChunkBytes / (4 * int64_t{head.vocabulary}) / 128 * 128;
-    head.chunk = std::min(head.rows, std::clamp<int64_t>(fit, 128, 16384));
+    head.chunk = head_chunk_rows(head.rows, head.vocabulary);
     return head;
 }
 

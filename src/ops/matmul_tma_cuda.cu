@@ -27,6 +27,9 @@ constexpr int kMinDepth = 256;               // of the contraction
 static_assert(kLead * kTileK <= kMinDepth);  // One tile is enough to end the second one's wait.
 constexpr int kMinRows = 1024;
 constexpr int kMinTiles = 64;  // of 128 x 128: about half of the multiprocessors
+// Fewer rows do where they have as many columns as the head's products.
+constexpr int kMinRowsOfMany = 512;
+constexpr int kManyTiles = 256;
 constexpr int kMaxRank = 256;  // LoRA's operands take a stage for each 64 of the rank
 
 template <int kTileN>
@@ -580,7 +583,7 @@ void launch_best_pairs(cudaStream_t queue, const MatmulGroup& group) {
 }  // namespace
 
 bool fits_pairs(const MatmulGroup& group) {
-    if (!has_wgmma() || group.args[0].m < kMinRows) {
+    if (!has_wgmma() || group.args[0].m < kMinRowsOfMany) {
         return false;
     }
     int64_t tiles = 0;
@@ -594,7 +597,7 @@ bool fits_pairs(const MatmulGroup& group) {
             return false;
         }
     }
-    return tiles >= kMinTiles;
+    return tiles >= (group.args[0].m < kMinRows ? kManyTiles : kMinTiles);
 }
 
 void matmul_pairs(cudaStream_t queue, Direction direction, const MatmulGroup& group) {

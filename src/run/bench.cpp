@@ -467,6 +467,21 @@ class Bench {
         return parameters + share * in_experts;
     }
 
+    // Of a token in training: forward, what backward runs again (forward.h), and gradients. The
+    // last product of a dense layer is not run again, nor is attention when it is kept.
+    double train_flops() const {
+        const ModelConfig& c = model_.config;
+        const auto dense_layers = static_cast<double>(c.num_layers - c.num_expert_layers());
+        const double once = dense_layers * static_cast<double>(c.mlp_width * c.width);
+        const double products =
+            6.0 * (linear_parameters() + static_cast<double>(c.vocab_size * c.width)) - 2.0 * once;
+        const double attention =
+            2.0 *
+            static_cast<double>(options_.train_length * c.num_layers * c.num_heads * c.head_dim);
+        const double again = train_options().keeps_attention() ? 0.0 : 1.0;
+        return products + (1.0 + again + 2.5) * attention;
+    }
+
     void decode(int64_t batch) {
         const ModelConfig& c = model_.config;
         const int64_t length = stream_.is_cpu() ? 16 : 96;
@@ -562,6 +577,7 @@ class Bench {
         shape.rows = shape.tokens;
         shape.longest = options_.train_length;
         shape.offload = options_.activation_offloading;
+        shape.keep_attention = train_options().keeps_attention();
         const MemoryPlan memory = plan({}, shape);
         prepare(memory);
         Trainer trainer = make_trainer(shape.tokens);
@@ -580,14 +596,8 @@ class Bench {
             adapter_->publish(stream_, adapter_->current_version() + 1);
         };
         const double seconds = time_of(stream_, 3, 1, step);
-        const ModelConfig& c = model_.config;
         const double tokens = static_cast<double>(options_.train_tokens);
-        const double attention =
-            2.0 *
-            static_cast<double>(options_.train_length * c.num_layers * c.num_heads * c.head_dim);
-        const double flops =
-            tokens * (6.0 * (linear_parameters() + static_cast<double>(c.vocab_size * c.width)) +
-                      4.5 * attention);
+        const double flops = tokens * train_flops();
         BenchRow row;
         row.what = "train step";
         row.shape = fmt::format(
@@ -596,23 +606,35 @@ class Bench {
             texts.size(),
             options_.train_length,
             options_.adapter,
-            options_.activation_offloading ? " offloading" : ""
+            memory_text()
         );
         row.time_us = 1e6 * seconds;
         row.floor_us = options_.matrix_flops_per_s > 0 ? floor_us(0, flops) : 0;
         row.tokens_per_s = tokens / seconds;
-        row.note =
-            fmt::format("{:.1f} TFLOP/s (6N, attention and head in)", flops / seconds * 1e-12);
+        row.note = fmt::format("{:.1f} TFLOP/s (attention and head in)", flops / seconds * 1e-12);
         row.digest = digest_of(stream_, *adapter_);
         add_streamed(row, options_.train_tokens, 2);
         report_memory(row, memory);
         add(row);
     }
 
-    Trainer make_trainer(int64_t tokens) {
+    TrainOptions train_options() const {
         TrainOptions options;
+        options.recompute = options_.recompute;
         options.activation_offloading = options_.activation_offloading;
-        return {stream_, model_, *adapter_, options, SamplingFilter{}, false, tokens};
+        return options;
+    }
+
+    // Of a row's shape: what is not the default.
+    std::string memory_text() const {
+        if (options_.activation_offloading) {
+            return " offloading";
+        }
+        return train_options().keeps_attention() ? "" : " full recomputation";
+    }
+
+    Trainer make_trainer(int64_t tokens) {
+        return {stream_, model_, *adapter_, train_options(), SamplingFilter{}, false, tokens};
     }
 
     // Rollout of prompts x samples, training on all of it, and the update; no reward program, no
@@ -665,7 +687,7 @@ class Bench {
             options_.rl_prompt_tokens,
             options_.rl_response_tokens,
             options_.adapter,
-            options_.activation_offloading ? " offloading" : ""
+            memory_text()
         );
         row.time_us = 1e6 * (rollout + train);
         row.tokens_per_s =
@@ -693,6 +715,7 @@ class Bench {
         shape.rows = shape.sequences * options_.rl_response_tokens;
         shape.longest = length;
         shape.offload = options_.activation_offloading;
+        shape.keep_attention = train_options().keeps_attention();
         return shape;
     }
 

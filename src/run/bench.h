@@ -16,8 +16,9 @@ struct BenchOptions {
     double matrix_flops_per_s = 0;
     std::vector<int64_t> decode_batches = {1, 64, 256};
     int64_t context = 1024;
-    int64_t train_length = 2048;  // tokens of one packed sequence
-    int64_t train_tokens = 8192;  // tokens of one batch
+    int64_t train_length = 2048;          // tokens of one packed sequence
+    int64_t train_tokens = 8192;          // tokens of one batch
+    std::string recompute = "selective";  // train.recompute
     bool activation_offloading = false;
     int64_t rl_prompts = 64;
     int64_t rl_samples = 8;

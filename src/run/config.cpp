@@ -447,6 +447,7 @@ void check_train(const RangeCheck& check, const TrainOptions& o) {
     check.in("train.weight_decay", o.weight_decay, 0, 10);
     check.at_least("train.clip_norm", o.clip_norm, 0);
     check.in("train.tokens_per_batch", o.tokens_per_batch, 1, 1 << 28);
+    check.one_of("train.recompute", o.recompute, {"selective", "full"});
     USER_CHECK(
         o.max_staleness == 0,
         "{}train.max_staleness must be 0, but is {}: rollout and training alternate in this "

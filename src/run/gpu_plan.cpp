@@ -8,7 +8,9 @@
 
 #include "base/error.h"
 #include "model/rope_table.h"
+#include "ops/head_chunk.h"
 #include "run/host_experts.h"
+#include "train/options.h"
 
 namespace orbit {
 namespace {
@@ -61,10 +63,34 @@ AdapterBytes adapter_bytes(const AdapterOptions& options, std::vector<AdapterSit
     return bytes;
 }
 
+TrainOptions train_options(const GpuPlanOptions& o) {
+    TrainOptions options;
+    options.recompute = o.recompute;
+    options.activation_offloading = o.activation_offloading;
+    return options;
+}
+
+// Channels of attention's outputs, of all layers: what the output projections read. DeepSeek-V4's
+// wo_a has a group of 1,024 rows for each part of its columns.
+double attention_outputs(const PlanModel& m) {
+    double channels = 0;
+    for (const PlanMatrix& matrix : m.matrices) {
+        const auto each = static_cast<double>(matrix.cols * matrix.count);
+        if (matrix.leaf == "o_proj") {
+            channels += each;
+        } else if (matrix.leaf == "wo_a") {
+            channels += each * static_cast<double>(matrix.rows / 1024);
+        }
+    }
+    return channels;
+}
+
 // Layer inputs stay whole on every GPU; what one layer computes is shared out. Per token, forward
 // and gradient: norms and residuals, the outputs of attention (rope's and attention's beside them),
 // gate, up and their product, the inputs and outputs of experts.
-double activation_bytes(const PlanModel& m, double tokens, double gpus, bool offload) {
+double activation_bytes(
+    const PlanModel& m, double tokens, double gpus, const TrainOptions& options
+) {
     const auto width = static_cast<double>(m.width * m.streams);
     double attention = 0;
     for (const PlanMatrix& matrix : m.matrices) {
@@ -78,14 +104,17 @@ double activation_bytes(const PlanModel& m, double tokens, double gpus, bool off
         const auto each = static_cast<double>(3 * m.expert_width + 2 * m.width);
         mlp = static_cast<double>(m.experts_per_token + m.shared_experts) * each;
     }
-    const double inputs = offload ? 2 * width : static_cast<double>(m.num_layers + 1) * width;
+    const double inputs =
+        (options.activation_offloading ? 2.0 : static_cast<double>(m.num_layers + 1)) * width;
+    const double kept = options.keeps_attention() ? attention_outputs(m) : 0.0;
     const double layer = 2 * (3 * width + 1.6 * attention + mlp);
-    return 2 * tokens * (inputs + layer / gpus);
+    return 2 * tokens * (inputs + (layer + kept) / gpus);
 }
 
 double head_bytes(const PlanModel& m, double tokens) {
     const auto vocabulary = static_cast<double>(m.vocabulary);
-    const double rows = std::clamp(256 * kMiB / (4 * vocabulary), 128.0, std::max(128.0, tokens));
+    const auto rows =
+        static_cast<double>(head_chunk_rows(static_cast<int64_t>(tokens), m.vocabulary));
     return rows * vocabulary * 6 + 8 * tokens * static_cast<double>(m.width);
 }
 
@@ -131,6 +160,7 @@ void add_exact(const PlanModel& m, const GpuPlanOptions& o, GpuPlan& plan) {
     train.sequences = std::max<int64_t>(1, train.tokens / o.context);
     train.longest = o.context;
     train.offload = o.activation_offloading;
+    train.keep_attention = train_options(o).keeps_attention();
     const MemoryPlan memory = plan_memory(scratch, 0, rollout, train);
     size_t copies = 0;
     size_t learning = 0;
@@ -175,8 +205,7 @@ void add_estimate(const PlanModel& m, const GpuPlanOptions& o, GpuPlan& plan) {
     add("adapter: two versions in bf16", experts.copies / count + others.copies);
     add("optimiser: masters, gradients, moments", experts.learning / count + others.learning);
     add("KV pages of the rollout", kv_bytes(m, o, gpus));
-    add("activations of a training batch",
-        activation_bytes(m, tokens, count, o.activation_offloading));
+    add("activations of a training batch", activation_bytes(m, tokens, count, train_options(o)));
     if (o.activation_offloading) {
         const auto width = static_cast<double>(m.width * m.streams);
         plan.pinned =
@@ -316,8 +345,9 @@ std::string remedy_text(const PlanModel& m, const GpuPlanOptions& o, const GpuPl
             advise(fmt::format("a smaller --batch ({}) or --context ({})", o.batch, o.context));
         } else if (line.name.starts_with("activations")) {
             advise(fmt::format(
-                "a smaller --tokens ({}){}",
+                "a smaller --tokens ({}){}{}",
                 o.tokens,
+                train_options(o).keeps_attention() ? " or --recompute full" : "",
                 o.activation_offloading ? "" : " or --activation-offloading"
             ));
         } else if (line.name.starts_with("optimiser")) {

@@ -29,9 +29,10 @@ GpuSet parse_gpus(const std::string& text);
 
 struct GpuPlanOptions {
     std::string gpus = "1xH100";
-    int64_t batch = 64;      // sequences that are decoded together
-    int64_t context = 4096;  // tokens of each, prompt and answer
-    int64_t tokens = 8192;   // of a training batch
+    int64_t batch = 64;                   // sequences that are decoded together
+    int64_t context = 4096;               // tokens of each, prompt and answer
+    int64_t tokens = 8192;                // of a training batch
+    std::string recompute = "selective";  // train.recompute
     bool activation_offloading = false;
     AdapterOptions adapter;
     int64_t dequant_bytes = MoeOptions{}.dequant_bytes;

@@ -62,6 +62,11 @@ std::string remedy(const MemoryPlan& plan, const std::string& name, const Config
     if (name.starts_with("training")) {
         std::string ways =
             fmt::format("lower train.tokens_per_batch ({})", c.train.tokens_per_batch);
+        if (plan.recomputable > 0) {
+            ways += fmt::format(
+                ", or set train.recompute = \"full\" (saves {:.1f} MiB)", mib(plan.recomputable)
+            );
+        }
         if (plan.offloadable > 0) {
             ways += fmt::format(
                 ", or set train.activation_offloading = true (moves {:.1f} MiB to host memory)",
@@ -111,6 +116,9 @@ MemoryPlan plan_memory(
     int64_t training = 0;
     if (train.tokens > 0) {
         training = training_scratch(m, train);
+        TrainShape full = train;
+        full.keep_attention = false;
+        plan.recomputable = static_cast<size_t>(training - training_scratch(m, full));
         plan.add(
             "training KV pages",
             page_bytes(m, 1, rollout.engine.record_routing) * training_pages(train)
@@ -173,6 +181,7 @@ TrainShape largest_batch(const Config& c, const ModelConfig& model, int64_t long
     shape.filter = {c.rollout.temperature, c.rollout.top_p, c.rollout.top_k, c.rollout.min_p};
     shape.replay_routing = c.moe.replay_routing;
     shape.offload = c.train.activation_offloading;
+    shape.keep_attention = c.train.keeps_attention();
     return shape;
 }
 

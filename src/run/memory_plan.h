@@ -17,6 +17,7 @@ struct MemoryPlan {
     size_t scratch = 0;       // of the main stream: the larger of a training batch and a prefill
     size_t pinned = 0;        // of the host beside a GPU: layer inputs of a training batch
     size_t offloadable = 0;   // what train.activation_offloading would make of them
+    size_t recomputable = 0;  // of the device: what train.recompute = "full" would save
     int64_t host_layers = 0;  // layers whose experts stay in host memory
     size_t host_experts = 0;  // of the host beside a GPU: bytes of those
 

@@ -9,6 +9,7 @@
 #include "ops/batch.h"
 #include "ops/decoded_weights.h"
 #include "ops/dense_matmul.h"
+#include "ops/head_chunk.h"
 #include "ops/moe.h"
 
 namespace orbit {
@@ -88,6 +89,7 @@ struct Site {
     AdapterKind kind = AdapterKind::kNone;
     int64_t rank = 0;
     int64_t block = 0;
+    bool keeps_u = false;  // LoRA's, for backward: not the op's to take
 };
 
 // dense_cpu.cpp.
@@ -119,7 +121,7 @@ class CpuLinear {
             multiply(s.out, s.in);
             rotate(s);
         } else {
-            {
+            if (!s.keeps_u) {
                 const Scope inner(meter_);
                 low_rank_input(s);
             }
@@ -151,7 +153,9 @@ class CpuLinear {
     }
 
     void low_rank_input(const Site& s) {
-        meter_.take(rows_ * s.rank * element_);
+        if (!s.keeps_u) {
+            meter_.take(rows_ * s.rank * element_);
+        }
         multiply(s.in, s.rank);
     }
 
@@ -208,7 +212,9 @@ class GpuLinear {
         const Scope scope(meter_);
         int64_t elements = 0;
         for (const Site& s : sites) {
-            take_input(s);
+            if (!s.keeps_u) {
+                take_input(s);
+            }
             elements += s.in * s.out;
         }
         decode_first(m_, meter_, rows_, m_.packed.linears && !grouped_, elements);
@@ -220,7 +226,9 @@ class GpuLinear {
         decode_first(m_, meter_, rows_, m_.packed.linears && !grouped_, s.in * s.out);
         if (s.kind == AdapterKind::kLora) {
             partials(s.in * s.rank);
-            take_input(s);
+            if (!s.keeps_u) {
+                take_input(s);
+            }
             partials(s.out * s.rank);
         } else if (s.kind == AdapterKind::kOft && s.block % 16 == 0 && s.block <= 128) {
             partials(s.in * s.block);
@@ -259,15 +267,30 @@ struct BatchShape {
 // One layer of forward.cpp and the families: activations, then gradients in backward's order.
 class Layer {
   public:
-    Layer(const ScratchModel& model, Meter& meter, const BatchShape& batch, int64_t index)
+    Layer(
+        const ScratchModel& model,
+        Meter& meter,
+        const BatchShape& batch,
+        int64_t index,
+        bool taped = false
+    )
         : m_(model),
           c_(model.config),
           meter_(meter),
           batch_(batch),
           prefix_("model.layers." + std::to_string(index) + "."),
-          moe_(c_.layer_has_experts(index)) {}
+          moe_(c_.layer_has_experts(index)),
+          taped_(taped) {}
 
-    void forward(bool taped) {
+    // Attention's output, and for backward its log-sum-exp.
+    void attention_output(bool with_lse) {
+        activation(tokens(), q_width());
+        if (with_lse) {
+            meter_.take(tokens() * c_.num_heads * kF32);
+        }
+    }
+
+    void forward(bool kept_attention) {
         const Site q = attention_site("q_proj", c_.width, q_width());
         const Site k = attention_site("k_proj", c_.width, kv_width());
         const Site v = attention_site("v_proj", c_.width, kv_width());
@@ -276,11 +299,12 @@ class Layer {
         linears({q, k, v});
         activation(tokens(), q_width());  // after rope
         activation(tokens(), kv_width());
-        activation(tokens(), q_width());  // of attention
-        if (taped) {
-            meter_.take(tokens() * c_.num_heads * kF32);
+        if (!kept_attention) {
+            attention_output(taped_);
         }
-        attention(false);
+        if (!kept_attention || !taped_) {
+            attention(false);
+        }
         activation(tokens(), c_.width);
         linear(tokens(), o, false, false);
         activation(tokens(), c_.width);  // after the second norm
@@ -328,15 +352,30 @@ class Layer {
     }
 
     Site attention_site(const char* leaf, int64_t in, int64_t out) const {
-        return site(prefix_ + "self_attn." + leaf, in, out);
+        return kept(site(prefix_ + "self_attn." + leaf, in, out));
+    }
+
+    // With a tape the products that are computed leave LoRA's u for backward.
+    Site kept(Site s) const {
+        s.keeps_u = taped_ && s.kind == AdapterKind::kLora;
+        return s;
     }
 
     Site mlp_site(const char* leaf, int64_t in, int64_t out) const {
         return site(prefix_ + (moe_ ? "mlp.experts.0." : "mlp.") + leaf, in, out);
     }
 
+    void take_u(const Site& s, int64_t rows) {
+        if (s.keeps_u) {
+            activation(rows, m_.on_cpu ? s.rank : round_up(s.rank, 16));
+        }
+    }
+
     // Experts run one after the other on a CPU, in one launch on a GPU.
     void linear(int64_t rows, const Site& s, bool is_backward, bool grouped) {
+        if (!is_backward) {
+            take_u(s, rows);
+        }
         if (!m_.on_cpu) {
             GpuLinear op(m_, meter_, rows, grouped);
             is_backward ? op.backward(s) : op.forward({s});
@@ -351,6 +390,7 @@ class Layer {
     // Pass::linears.
     void linears(std::initializer_list<Site> sites) {
         for (const Site& s : sites) {
+            take_u(s, tokens());
             activation(tokens(), s.out);
         }
         if (!m_.on_cpu) {
@@ -379,13 +419,16 @@ class Layer {
         meter_.take((pieces + batch_.sequences) * c_.num_kv_heads * kUnitBytes);
     }
 
+    // With a tape the output is not computed.
     void forward_mlp() {
         linears(
-            {mlp_site("gate_proj", c_.width, c_.mlp_width),
-             mlp_site("up_proj", c_.width, c_.mlp_width)}
+            {kept(mlp_site("gate_proj", c_.width, c_.mlp_width)),
+             kept(mlp_site("up_proj", c_.width, c_.mlp_width))}
         );
         activation(tokens(), c_.mlp_width);
-        linear(tokens(), mlp_site("down_proj", c_.mlp_width, c_.width), false, false);
+        if (!taped_) {
+            linear(tokens(), mlp_site("down_proj", c_.mlp_width, c_.width), false, false);
+        }
     }
 
     void backward_mlp() {
@@ -395,7 +438,7 @@ class Layer {
         activation(tokens(), c_.mlp_width);
         activation(tokens(), c_.width);
         for (const char* leaf : {"gate_proj", "up_proj"}) {
-            linear(tokens(), mlp_site(leaf, c_.width, c_.mlp_width), true, false);
+            linear(tokens(), kept(mlp_site(leaf, c_.width, c_.mlp_width)), true, false);
         }
     }
 
@@ -447,6 +490,7 @@ class Layer {
     BatchShape batch_;
     std::string prefix_;
     bool moe_;
+    bool taped_;
 };
 
 // One chunk of logits of logprob_cpu.cpp or logprob_cuda.cu, and what is around it.
@@ -456,11 +500,9 @@ void head(
     const Scope scope(meter);
     const int64_t vocabulary = m.config.vocab_size;
     if (!m.on_cpu) {
-        constexpr int64_t kChunkBytes = int64_t{256} << 20;
         constexpr int64_t kRowBytes = 24 + 8;  // RowCut, RowSummary
         constexpr int64_t kTileBytes = 20;     // TileStats, of 1024 ids
-        const int64_t fit = kChunkBytes / (4 * vocabulary) / 128 * 128;
-        const int64_t chunk = std::min(rows, std::clamp<int64_t>(fit, 128, 16384));
+        const int64_t chunk = head_chunk_rows(rows, vocabulary);
         meter.take(chunk * vocabulary * kF32);
         meter.take(chunk * (kRowBytes + ceil_div(vocabulary, 1024) * kTileBytes));
         decode_first(m, meter, chunk, m.packed.head, vocabulary * m.config.width);
@@ -511,16 +553,25 @@ void expert_buffers(const ScratchModel& m, Meter& meter, int64_t tokens) {
     }
 }
 
-void hidden(const ScratchModel& m, Meter& meter, const BatchShape& batch, bool keep_inputs) {
+void hidden(
+    const ScratchModel& m,
+    Meter& meter,
+    const BatchShape& batch,
+    bool keep_inputs,
+    bool keep_attention
+) {
     const int64_t bytes = batch.tokens * m.config.width * dtype_bytes(m.compute);
     for (int64_t i = 0; i < (keep_inputs ? m.config.num_layers + 1 : 2); ++i) {
         meter.take(bytes);
+    }
+    for (int64_t layer = 0; keep_attention && layer < m.config.num_layers; ++layer) {
+        Layer(m, meter, batch, layer).attention_output(true);
     }
     const Scope decoded(meter);
     expert_buffers(m, meter, batch.tokens);
     for (int64_t layer = 0; layer < m.config.num_layers; ++layer) {
         const Scope scope(meter);
-        Layer(m, meter, batch, layer).forward(false);
+        Layer(m, meter, batch, layer).forward(keep_attention);
     }
 }
 
@@ -558,7 +609,7 @@ int64_t training_scratch(const ScratchModel& m, const TrainShape& shape) {
     if (shape.replay_routing) {
         meter.take(training_pages(shape) * routing_page_bytes(m));
     }
-    hidden(m, meter, batch, !shape.offload);
+    hidden(m, meter, batch, !shape.offload, shape.keep_attention);
     columns();  // rows
     columns();  // targets
     meter.take(shape.rows * row_bytes);
@@ -574,9 +625,8 @@ int64_t training_scratch(const ScratchModel& m, const TrainShape& shape) {
     expert_buffers(m, meter, shape.tokens);
     for (int64_t index = m.config.num_layers - 1; index >= 0; --index) {
         const Scope scope(meter);
-        meter.take(shape.tokens * row_bytes);
-        Layer layer(m, meter, batch, index);
-        layer.forward(true);
+        Layer layer(m, meter, batch, index, true);
+        layer.forward(shape.keep_attention);
         layer.backward();
     }
     return meter.peak();
@@ -587,7 +637,7 @@ int64_t prefill_scratch(const ScratchModel& m, const PrefillShape& shape) {
     const BatchShape batch{shape.tokens, shape.sequences, shape.longest};
     const int64_t row_bytes = m.config.width * dtype_bytes(m.compute);
     upload(meter, batch);
-    hidden(m, meter, batch, false);
+    hidden(m, meter, batch, false, false);
     meter.take(shape.draws * kF32);
     meter.take(shape.draws * row_bytes);
     meter.take(shape.draws * row_bytes);
@@ -602,7 +652,7 @@ int64_t decode_scratch(
     const ScratchModel& m, int64_t batch, int64_t longest, const SamplingFilter& filter
 ) {
     Meter meter(false);
-    hidden(m, meter, {batch, batch, longest}, false);
+    hidden(m, meter, {batch, batch, longest}, false, false);
     const int64_t row_bytes = m.config.width * dtype_bytes(m.compute);
     meter.take(batch * row_bytes);
     meter.take(batch * row_bytes);

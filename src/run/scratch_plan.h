@@ -38,7 +38,8 @@ struct TrainShape {
     int64_t longest = 0;  // tokens of the longest sequence
     SamplingFilter filter;
     bool replay_routing = false;
-    bool offload = false;  // layer inputs, all but two, in host memory
+    bool offload = false;         // layer inputs, all but two, in host memory
+    bool keep_attention = false;  // its outputs, of every layer, for backward
 };
 
 struct PrefillShape {

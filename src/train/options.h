@@ -17,12 +17,16 @@ struct TrainOptions {
     double weight_decay = 0;
     double clip_norm = 1.0;
     int64_t tokens_per_batch = 8192;
+    std::string recompute = "selective";  // selective, full
     bool activation_offloading = false;
     int64_t max_staleness = 0;
     double clip_low = 0.2;
     double clip_high = 0.28;
     double kl_coef = 0;
     std::string on_parity_mismatch = "stop";  // stop, warn
+
+    // Offloading is for those who lack the memory.
+    bool keeps_attention() const { return recompute == "selective" && !activation_offloading; }
 
     void visit(auto&& field) {
         field("steps", steps, "optimiser steps of the run");
@@ -36,9 +40,16 @@ struct TrainOptions {
         field("clip_norm", clip_norm, "largest global gradient norm; 0 is off");
         field("tokens_per_batch", tokens_per_batch, "tokens of one packed forward and backward");
         field(
+            "recompute",
+            recompute,
+            "what backward computes again: full, whole layers; selective, all but attention, whose "
+            "outputs are kept; changes no bit"
+        );
+        field(
             "activation_offloading",
             activation_offloading,
-            "layer inputs wait for backward in pinned host memory; changes no bit"
+            "layer inputs wait for backward in pinned host memory, and recompute is full; changes "
+            "no bit"
         );
         field(
             "max_staleness",

@@ -154,8 +154,8 @@ RoutingCheck Trainer::accumulate(
     if (replay_routing_ && kv.routing().defined()) {
         pass.replay = upload_replay(stream, sequences, kv.routing(), packed.num_pages);
     }
-    LayerInputs inputs{offload_.get(), {}};
-    const Tensor hidden = forward_hidden(pass, &inputs);
+    SavedActivations saved{offload_.get(), options_.keeps_attention()};
+    const Tensor hidden = forward_hidden(pass, &saved);
 
     const int32_t* rows = upload_array<int32_t>(stream, packed.rows);
     const int32_t* targets = upload_array<int32_t>(stream, packed.targets);
@@ -212,7 +212,7 @@ RoutingCheck Trainer::accumulate(
         stream.scratch.take(model_->compute, {pass.batch.num_tokens, model_->config.width});
     zero_fill(stream, d_hidden.data, static_cast<size_t>(d_hidden.bytes()));
     scatter_rows(stream, d_rows, rows, d_hidden);
-    backward_layers(pass, inputs, d_hidden);
+    backward_layers(pass, saved, d_hidden);
     return routing;
 }
 

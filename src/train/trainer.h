@@ -3,9 +3,9 @@
 //
 // accumulate() runs the same forward as the rollout, so the log-probs it sees are the sampler's
 // bits; it asks the objective for (dL/dlogp, dL/dentropy) of every response token and walks the
-// layers back, re-running each one. Memory of one batch: an input per layer (two with
-// train.activation_offloading, the others in host memory), one layer's activations, and a chunk of
-// logits.
+// layers back, re-running each one, attention excepted (train.recompute). Memory of one batch: per
+// layer an input and attention's output (with train.activation_offloading two inputs in all, the
+// others in host memory), one layer's activations, and a chunk of logits.
 #pragma once
 
 #include <cstdint>

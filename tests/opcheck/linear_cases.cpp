@@ -253,6 +253,26 @@ Case dx_case(const Shape& s, Random& random) {
     return c;
 }
 
+// d(h) of the head from d(logits), as an op of its own: parts of the vocabulary are multiplied
+// side by side.
+Case head_dx_case(const Shape& s, Random& random) {
+    const TestWeight w = make_weight(s.format, s.out, s.in, random);
+    const QuantizedMatrix weight = w.shape;
+    Case c;
+    c.op = "linear_f32_out_dx";
+    c.name = name_of(s);
+    c.inputs = {
+        per_row(input("dlogits", DType::kF32, {s.rows, s.out}, random.normals(s.rows * s.out))),
+        weight_input(w, false),
+        raw_input("scales", w.scales, {})};
+    c.outputs = {{"dh", s.compute, {s.rows, s.in}, true}};
+    c.run = [weight](Stream& stream, const Tensors& in, const Tensors& out) {
+        const QuantizedMatrix at = at_tensors(weight, in[kData], in[kScales]);
+        linear_f32_out_backward(stream, in[0], at, out[0]);
+    };
+    return c;
+}
+
 void add_case(CaseList& cases, const Shape& s) {
     Random random(cases.size() + 1);
     cases.push_back(linear_case(s, make_weight(s.format, s.out, s.in, random), random));
@@ -311,7 +331,8 @@ void add_rows_case(
 }
 
 // Many rows of a bf16 weight: the kernel of pairs of blocks, in its two widths, with one segment
-// and several, more tiles than multiprocessors, and edges in every direction.
+// and several, more tiles than multiprocessors, and edges in every direction; then the fewer rows
+// that it takes of many columns.
 void add_many_rows_cases(CaseList& cases) {
     const auto bf16_shape = [](int64_t rows, int64_t in, int64_t out) {
         Shape s;
@@ -321,11 +342,13 @@ void add_many_rows_cases(CaseList& cases) {
         return s;
     };
     for (const Shape& s :
-         {bf16_shape(1100, 1056, 2000),     // one segment; few tiles
-          bf16_shape(2100, 1040, 9000),     // many
-          bf16_shape(1300, 2336, 1003),     // two segments, columns not in eights
-          bf16_shape(2500, 2080, 4104),     // two, many tiles
-          bf16_shape(1025, 4320, 1160)}) {  // four
+         {bf16_shape(1100, 1056, 2000),  // one segment; few tiles
+          bf16_shape(2100, 1040, 9000),  // many
+          bf16_shape(1300, 2336, 1003),  // two segments, columns not in eights
+          bf16_shape(2500, 2080, 4104),  // two, many tiles
+          bf16_shape(1025, 4320, 1160),  // four
+          bf16_shape(520, 1056, 8200),
+          bf16_shape(512, 2336, 8104)}) {  // two
         add_rows_case(cases, "linear_f32_out", s, f32_out_case);
     }
     const auto with_lora = [&](Shape s, int64_t rank, bool bias, bool residual) {
@@ -351,9 +374,12 @@ void add_many_rows_cases(CaseList& cases) {
           with_lora(bf16_shape(2100, 6000, 1088), 40, false, true),    // many tiles
           with_lora(bf16_shape(1100, 2008, 4200), 16, false, true),    // two segments
           with_lora(bf16_shape(2500, 4104, 8264), 136, false, false),  // three, many
-          with_lora(bf16_shape(1100, 2008, 1096), 0, false, true)}) {
+          with_lora(bf16_shape(1100, 2008, 1096), 0, false, true),
+          with_lora(bf16_shape(600, 6600, 8264), 16, false, true)}) {  // three
         add_rows_case(cases, "linear_dx", s, dx_case);
     }
+    add_rows_case(cases, "linear_f32_out_dx", bf16_shape(520, 1000, 25000), head_dx_case);
+    add_rows_case(cases, "linear_f32_out_dx", bf16_shape(520, 1400, 33128), head_dx_case);
 }
 
 constexpr WeightFormat kPackedFormats[] = {
