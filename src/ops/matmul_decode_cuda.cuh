@@ -225,18 +225,20 @@ struct LaneX {
 };
 
 // One chunk of a warp's rows in shared memory, as one lane reads it.
-template <WeightFormat kFormat, int kStages>
+template <WeightFormat kFormat, int kStages, typename Stream = WeightStream<kFormat, kStages>>
 struct ChunkRows {
     using Layout = DecodeLayout<kFormat>;
     const char* stage;
     const char* row[2];     // rows g and g + 8
     const char* scales[2];  // theirs, where they are in the ring
-    const WeightStream<kFormat, kStages>* stream;
+    const Stream* stream;
     int32_t k0;
 
     __device__ __forceinline__
-    ChunkRows(const MatmulArgs& a, const WeightStream<kFormat, kStages>& from, int32_t c, int32_t k)
-        : stage(from.ring + c % kStages * Layout::kStageBytes), stream(&from), k0(k) {
+    ChunkRows(const MatmulArgs& a, const Stream& from, int32_t c, int32_t k)
+        : stage(from.ring + static_cast<uint32_t>(c) % kStages * Layout::kStageBytes),
+          stream(&from),
+          k0(k) {
         const int g = (threadIdx.x & 31) >> 2;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -300,15 +302,22 @@ struct ChunkRows {
                 if constexpr (kScalesApart<kFormat>) {
                     two_scales(a, i, b, words);
                 }
+                decode_two(a.w, i, b, words, w);
+            }
+        }
+    }
+
+    // Row i's part of them. `words`: the blocks' ScaleWords.
+    __device__ __forceinline__ void decode_two(
+        const WeightView& w, int i, int b, const uint32_t (&words)[2], uint32_t (&to)[4][4]
+    ) const {
 #pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    uint32_t pair[4];
-                    decode_block(a.w, i, b + j, words[j], pair);
+        for (int j = 0; j < 2; ++j) {
+            uint32_t pair[4];
+            decode_block(w, i, b + j, words[j], pair);
 #pragma unroll
-                    for (int c = 0; c < 4; ++c) {
-                        w[2 * j + c / 2][i + 2 * (c % 2)] = pair[c];
-                    }
-                }
+            for (int c = 0; c < 4; ++c) {
+                to[2 * j + c / 2][i + 2 * (c % 2)] = pair[c];
             }
         }
     }
