@@ -248,9 +248,12 @@ Tensor Pass::dispatch(const Routing& routing, Tensor x) {
     return y;
 }
 
-Tensor Pass::grouped_linear(const Routing& routing, Tensor x, const ExpertWeights& weights) {
-    const Tensor y = scratch_like(*this, x.rows(), weights.w[0].rows);
-    std::vector<AdapterView> adapters;
+GroupedLinearParams Pass::grouped_params(
+    const Routing& routing,
+    Tensor x,
+    const ExpertWeights& weights,
+    std::vector<AdapterView>& adapters
+) const {
     if (adapter != nullptr && slot != kNoAdapter) {
         bool any = false;
         for (const int32_t site : weights.sites) {
@@ -261,22 +264,41 @@ Tensor Pass::grouped_linear(const Routing& routing, Tensor x, const ExpertWeight
             adapters.clear();
         }
     }
-    const GroupedLinearParams p{x, weights.w, adapters, routing.offsets, dequant};
-    orbit::grouped_linear(stream, p, y);
-    if (tape != nullptr) {
-        tape->record([this, p, y, &weights, views = std::move(adapters)](Tape& t) {
-            GroupedLinearParams again = p;
-            again.adapters = views;
-            std::vector<AdapterGrad> grads;
-            for (size_t e = 0; e < views.size(); ++e) {
-                grads.push_back(adapter->gradient(weights.sites[e]));
-            }
-            const Tensor dy = t.of_output(y);
-            const auto dx = t.of_input(p.x);
-            grouped_linear_backward(stream, again, dy, dx.grad, dx.accumulate, grads);
-        });
+    return {x, weights.w, adapters, routing.offsets, dequant};
+}
+
+std::vector<Tensor> Pass::grouped_linears(
+    const Routing& routing, Tensor x, std::initializer_list<const ExpertWeights*> weights
+) {
+    std::vector<std::vector<AdapterView>> adapters(weights.size());
+    std::vector<GroupedLinearParams> params;
+    std::vector<Tensor> outputs;
+    for (const ExpertWeights* w : weights) {
+        params.push_back(grouped_params(routing, x, *w, adapters[params.size()]));
+        outputs.push_back(scratch_like(*this, x.rows(), w->w[0].rows));
     }
-    return y;
+    grouped_linear_group(stream, params, outputs);
+    if (tape == nullptr) {
+        return outputs;
+    }
+    size_t i = 0;
+    for (const ExpertWeights* w : weights) {
+        tape->record(
+            [this, p = params[i], y = outputs[i], w, views = std::move(adapters[i])](Tape& t) {
+                GroupedLinearParams again = p;
+                again.adapters = views;
+                std::vector<AdapterGrad> grads;
+                for (size_t e = 0; e < views.size(); ++e) {
+                    grads.push_back(adapter->gradient(w->sites[e]));
+                }
+                const Tensor dy = t.of_output(y);
+                const auto dx = t.of_input(p.x);
+                grouped_linear_backward(stream, again, dy, dx.grad, dx.accumulate, grads);
+            }
+        );
+        ++i;
+    }
+    return outputs;
 }
 
 Tensor Pass::combine(const Routing& routing, Tensor x, Tensor residual, Tensor out) {

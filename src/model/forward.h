@@ -64,12 +64,22 @@ struct Pass {
     // The layer's experts on the device: `moe` itself, or what was copied for these rows.
     const MoeWeights& experts_on_device(const Routing& routing, const MoeWeights& moe);
     Tensor dispatch(const Routing& routing, Tensor x);
-    Tensor grouped_linear(const Routing& routing, Tensor x, const ExpertWeights& weights);
+    // Several layers of the same rows.
+    std::vector<Tensor> grouped_linears(
+        const Routing& routing, Tensor x, std::initializer_list<const ExpertWeights*> weights
+    );
     Tensor combine(const Routing& routing, Tensor x, Tensor residual, Tensor out);
 
     LinearParams linear_params(Tensor x, const LinearWeights& weights) const;
     void keep_lora_u(LinearParams& p) const;  // for backward, with a tape
     void record_linear(const LinearParams& p, int32_t site, Tensor y);
+    // `adapters`: empty, lives as long as what is returned.
+    GroupedLinearParams grouped_params(
+        const Routing& routing,
+        Tensor x,
+        const ExpertWeights& weights,
+        std::vector<AdapterView>& adapters
+    ) const;
 
     bool computes(Tensor out) const { return tape == nullptr || !out.defined(); }
 };

@@ -85,7 +85,9 @@ void combine_rows(Stream& stream, const Routing& routing, Tensor x, Tensor resid
 void combine_rows_backward(
     Stream& stream, const Routing& routing, Tensor x, Tensor dy, Tensor dx, float* d_weight
 );
-void grouped_linear(Stream& stream, const GroupedLinearParams& p, Tensor y);
+void grouped_linear_group(
+    Stream& stream, std::span<const GroupedLinearParams> params, std::span<const Tensor> y
+);
 void grouped_linear_backward(
     Stream& stream,
     const GroupedLinearParams& p,

@@ -143,7 +143,7 @@ void combine_rows_backward(Stream&, const Routing&, Tensor, Tensor, Tensor, floa
     no_cuda();
 }
 
-void grouped_linear(Stream&, const GroupedLinearParams&, Tensor) {
+void grouped_linear_group(Stream&, std::span<const GroupedLinearParams>, std::span<const Tensor>) {
     no_cuda();
 }
 

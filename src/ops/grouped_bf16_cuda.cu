@@ -2,7 +2,7 @@
 
 namespace orbit::cuda {
 
-template void
+template bool
 grouped_matmul_format<WeightFormat::kBF16>(cudaStream_t, Direction, const GroupedArgs&);
 
 }  // namespace orbit::cuda

@@ -257,7 +257,7 @@ void stage_experts(
 
 void grouped_linear(Stream& stream, const GroupedLinearParams& p, Tensor y) {
     if (!stream.is_cpu()) {
-        cuda::grouped_linear(stream, p, y);
+        cuda::grouped_linear_group(stream, std::span(&p, 1), std::span(&y, 1));
         return;
     }
     for (size_t e = 0; e < p.experts.size(); ++e) {
@@ -267,6 +267,19 @@ void grouped_linear(Stream& stream, const GroupedLinearParams& p, Tensor y) {
             const LinearParams expert = expert_params(p, e, begin, end);
             forward_expert(stream, expert, p.dequant, y.slice(begin, end));
         }
+    }
+}
+
+void grouped_linear_group(
+    Stream& stream, std::span<const GroupedLinearParams> params, std::span<const Tensor> y
+) {
+    CHECK_EQ(params.size(), y.size());
+    if (!stream.is_cpu()) {
+        cuda::grouped_linear_group(stream, params, y);
+        return;
+    }
+    for (size_t i = 0; i < params.size(); ++i) {
+        grouped_linear(stream, params[i], y[i]);
     }
 }
 

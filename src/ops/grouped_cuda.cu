@@ -3,7 +3,7 @@
 #include "device/cuda/rows.cuh"
 #include "ops/cuda_ops.h"
 #include "ops/dense_cuda.cuh"
-#include "ops/grouped_cuda.cuh"
+#include "ops/grouped_decode_cuda.cuh"
 
 namespace orbit::cuda {
 namespace {
@@ -107,7 +107,7 @@ GroupedArgs grouped_args(
     g.offsets = p.offsets;
     g.experts = static_cast<int32_t>(p.experts.size());
     g.rows = static_cast<int32_t>(x.rows());
-    MatmulArgs& a = g.one;
+    MatmulArgs& a = g.products[0].one;
     a.x = activations(x);
     a.ldx = x.cols();
     a.w = weight_view(w);
@@ -125,12 +125,19 @@ GroupedArgs base_args(
 ) {
     const Experts experts{p.experts, p.adapters};
     GroupedArgs g = grouped_args(p, x, p.experts[0], y, direction);
-    g.weight_distance = experts.weight_distance();
-    g.scale_distance = p.experts[0].scale_bytes() == 0 ? 0 : experts.scale_distance();
+    g.products[0].weight_distance = experts.weight_distance();
+    g.products[0].scale_distance = p.experts[0].scale_bytes() == 0 ? 0 : experts.scale_distance();
     for (size_t e = 0; e < p.experts.size(); ++e) {
         g.global_scales[e] = p.experts[e].global_scale;
     }
     return g;
+}
+
+bool decodes_first(const GroupedLinearParams& p) {
+    const QuantizedMatrix& w = p.experts[0];
+    const int64_t expert_bytes = w.rows * w.cols * static_cast<int64_t>(sizeof(bf16));
+    return w.format != WeightFormat::kBF16 && w.cols % 32 == 0 && p.dequant != nullptr &&
+           p.dequant->bytes() >= expert_bytes;
 }
 
 // The product with the experts' own weights: decoded inside the kernel, or, where the caller gives
@@ -141,12 +148,11 @@ void multiply_base(
     const QuantizedMatrix& w = p.experts[0];
     const cudaStream_t queue = queue_of(stream);
     const int64_t expert_bytes = w.rows * w.cols * static_cast<int64_t>(sizeof(bf16));
-    const int64_t fit = p.dequant == nullptr ? 0 : p.dequant->bytes() / expert_bytes;
-    const int64_t chunk = std::min<int64_t>(g.experts, fit);
-    if (w.format == WeightFormat::kBF16 || chunk == 0 || w.cols % 32 != 0) {
+    if (!decodes_first(p)) {
         grouped_matmul(queue, w.format, direction, g);
         return;
     }
+    const int64_t chunk = std::min<int64_t>(g.experts, p.dequant->bytes() / expert_bytes);
     QuantizedMatrix decoded;
     decoded.rows = w.rows;
     decoded.cols = w.cols;
@@ -158,10 +164,12 @@ void multiply_base(
             queue, w.format, g, static_cast<int32_t>(first), part.experts, p.dequant->memory()
         );
         part.offsets += first;
-        part.one.w = weight_view(decoded);
-        part.weight_distance = expert_bytes;
-        part.scale_distance = 0;
-        part.one.epilogue.lora_b += first * g.lora_b_distance;
+        GroupedProduct& product = part.products[0];
+        product.one.w = weight_view(decoded);
+        product.one.x_is_ready = false;
+        product.weight_distance = expert_bytes;
+        product.scale_distance = 0;
+        product.one.epilogue.lora_b += first * product.lora_b_distance;
         grouped_matmul(queue, WeightFormat::kBF16, direction, part);
     }
 }
@@ -175,20 +183,24 @@ GroupedArgs adapter_args(
 ) {
     const Experts experts{p.experts, p.adapters};
     GroupedArgs g = grouped_args(p, x, as_weight(p.adapters[0].*member), y, direction);
-    g.weight_distance = experts.adapter_distance(member) * static_cast<int64_t>(sizeof(bf16));
+    g.products[0].weight_distance =
+        experts.adapter_distance(member) * static_cast<int64_t>(sizeof(bf16));
     return g;
 }
 
-// u = round(x A^T), [rows, padded rank], zero past the rank.
-Tensor shrink(Stream& stream, const GroupedLinearParams& p) {
+// For u = round(x A^T), [rows, padded rank], zero past the rank.
+Tensor take_shrunk(Stream& stream, const GroupedLinearParams& p) {
     const int64_t rank = p.adapters[0].lora_a.shape[0];
-    const Tensor u = stream.scratch.take(DType::kBF16, {p.x.rows(), padded_rank(rank)});
-    grouped_matmul(
-        queue_of(stream),
-        WeightFormat::kBF16,
-        Direction::kForward,
-        adapter_args(p, p.x, &AdapterView::lora_a, u, Direction::kForward)
-    );
+    return stream.scratch.take(DType::kBF16, {p.x.rows(), padded_rank(rank)});
+}
+
+GroupedArgs shrink_args(const GroupedLinearParams& p, const Tensor& u) {
+    return adapter_args(p, p.x, &AdapterView::lora_a, u, Direction::kForward);
+}
+
+Tensor shrink(Stream& stream, const GroupedLinearParams& p) {
+    const Tensor u = take_shrunk(stream, p);
+    grouped_matmul(queue_of(stream), WeightFormat::kBF16, Direction::kForward, shrink_args(p, u));
     return u;
 }
 
@@ -200,14 +212,37 @@ void add_low_rank(
     float scale
 ) {
     const Experts experts{p.experts, p.adapters};
-    Epilogue& e = g.one.epilogue;
+    Epilogue& e = g.products[0].one.epilogue;
     e.lora_u = activations(u);
     e.lora_b = activations(p.adapters[0].*member);
     e.ldu = static_cast<int32_t>(u.cols());
     e.rank = static_cast<int32_t>(p.adapters[0].lora_a.shape[0]);
     e.ldb = static_cast<int32_t>((p.adapters[0].*member).shape[1]);
     e.lora_scale = scale;
-    g.lora_b_distance = experts.adapter_distance(member);
+    g.products[0].lora_b_distance = experts.adapter_distance(member);
+}
+
+// Puts the products of `more` into the launch of `g`, if they are alike.
+bool join(GroupedArgs& g, const GroupedArgs& more) {
+    const MatmulArgs& a = g.products[0].one;
+    const MatmulArgs& b = more.products[0].one;
+    const bool alike = a.x == b.x && a.ldx == b.ldx && a.n == b.n && a.k == b.k &&
+                       a.w.row_bytes == b.w.row_bytes && a.w.scale_stride == b.w.scale_stride &&
+                       a.w.group_shift == b.w.group_shift &&
+                       a.epilogue.columns == b.epilogue.columns && g.offsets == more.offsets &&
+                       g.experts == more.experts;
+    if (!alike || g.count + more.count > kMaxGrouped ||
+        (g.count + more.count) * g.experts > kExpertsMax) {
+        return false;
+    }
+    for (int32_t i = 0; i < more.count; ++i) {
+        for (int32_t e = 0; e < g.experts; ++e) {
+            g.global_scales[g.count * g.experts + e] = more.global_scales[i * g.experts + e];
+        }
+        g.products[g.count] = more.products[i];
+        ++g.count;
+    }
+    return true;
 }
 
 void rotate_rows(
@@ -372,12 +407,12 @@ void lora_backward(
     const cudaStream_t queue = queue_of(stream);
     const Tensor du = stream.scratch.take(DType::kBF16, {dy.rows(), padded_rank(rank)});
     GroupedArgs to_rank = adapter_args(p, dy, &AdapterView::lora_b, du, Direction::kBackward);
-    to_rank.one.epilogue.scale = scale;
+    to_rank.products[0].one.epilogue.scale = scale;
     grouped_matmul(queue, WeightFormat::kBF16, Direction::kBackward, to_rank);
     if (dx.defined()) {
         GroupedArgs g = base_args(p, dy, dx, Direction::kBackward);
         add_low_rank(g, p, du, &AdapterView::lora_a, 1.0f);
-        g.one.epilogue.residual = accumulate_dx ? activations(dx) : nullptr;
+        g.products[0].one.epilogue.residual = accumulate_dx ? activations(dx) : nullptr;
         multiply_base(stream, p, Direction::kBackward, g);
     }
     if (grads.empty()) {
@@ -451,9 +486,81 @@ void oft_backward(
     }
 }
 
+// Forward of one layer: its product, and LoRA's narrow one before it.
+void add_product(
+    Stream& stream,
+    const GroupedLinearParams& p,
+    const Tensor& y,
+    std::vector<GroupedArgs>& shrinks,
+    std::vector<GroupedArgs>& products
+) {
+    const Experts experts{p.experts, p.adapters};
+    experts.check();
+    Tensor x = p.x;
+    if (experts.kind() == AdapterKind::kOft) {
+        x = stream.scratch.take(DType::kBF16, {p.x.rows(), p.x.cols()});
+        rotate_rows(stream, p, p.x, x, false, false);
+    }
+    GroupedArgs& product = products.emplace_back(base_args(p, x, y, Direction::kForward));
+    CHECK_EQ(static_cast<int64_t>(product.products[0].one.n), y.cols());
+    if (experts.kind() == AdapterKind::kLora) {
+        const Tensor u = take_shrunk(stream, p);
+        GroupedArgs& narrow = shrinks.emplace_back(shrink_args(p, u));
+        narrow.products[0].one.releases_late = true;
+        add_low_rank(product, p, u, &AdapterView::lora_b, p.adapters[0].lora_scale);
+    }
+}
+
 }  // namespace
 
-void grouped_matmul(
+// The most warps that a multiprocessor can hold, in the smallest thread blocks that give them.
+DecodePlan plan_grouped_decode(
+    const GroupedArgs& g, int64_t tile_rows, int64_t ring_bytes, int most_warps
+) {
+    constexpr int64_t kMultiprocessors = 132;
+    constexpr int64_t kColumns = 4096;   // of the contraction, that a warp's items may add up to
+    constexpr int64_t kReserved = 1024;  // bytes of shared memory that a block takes besides
+    const MatmulArgs& a = g.products[0].one;
+    const int64_t limit = shared_memory_limit();
+    const int64_t tiles = tiles_bound(g, tile_rows);
+    DecodePlan plan;
+    DecodeItems& items = plan.items;
+    items.of_product = static_cast<int32_t>(ceil_div(a.epilogue.columns, kDecodeRows));
+    items.count = items.of_product * g.count;
+    const int64_t waves = items.count * tiles / (2 * kGroupedWarpsMax * kMultiprocessors);
+    int64_t run = 1;  // a power of two
+    while (2 * run <= std::min(kColumns / a.k, waves)) {
+        run *= 2;
+    }
+    items.per_warp = static_cast<int32_t>(run);
+    const int64_t stride = (ceil_div(a.k, 64) * 64 + 8) * static_cast<int64_t>(sizeof(bf16));
+    const int64_t x_bytes = ceil_div(tile_rows * stride, 128) * 128;
+    CHECK_LT(x_bytes, int64_t{1} << 31);
+    items.x_stride = static_cast<int32_t>(stride);
+    items.x_bytes = static_cast<int32_t>(x_bytes);
+    // Few warps are spread over more multiprocessors; four share more of x.
+    const int64_t all_warps = ceil_div(items.count, run) * tiles;
+    const int64_t fewest = all_warps < kGroupedWarpsMax * kMultiprocessors ? 2 : 4;
+    int64_t most_resident = 0;
+    for (int64_t warps = 1; warps <= most_warps; warps *= 2) {
+        const int64_t bytes = x_bytes + warps * ring_bytes;
+        const int64_t blocks =
+            std::min<int64_t>((limit + kReserved) / (bytes + kReserved), kGroupedWarpsMax / warps);
+        const bool useful = warps <= ceil_div(items.count, run);
+        const bool larger = blocks * warps > most_resident || warps <= fewest;
+        if (bytes <= limit && useful && larger) {
+            most_resident = blocks * warps;
+            plan.warps = static_cast<int>(warps);
+            plan.shared_bytes = bytes;
+        }
+    }
+    items.blocks =
+        static_cast<int32_t>(ceil_div(ceil_div(items.count, run), std::max(plan.warps, 1)));
+    plan.grid = items.blocks * tiles;
+    return plan;
+}
+
+bool grouped_matmul(
     cudaStream_t queue, WeightFormat format, Direction direction, const GroupedArgs& args
 ) {
     switch (format) {
@@ -497,24 +604,47 @@ void decode_experts(
     }
 }
 
-void grouped_linear(Stream& stream, const GroupedLinearParams& p, Tensor y) {
-    if (y.rows() == 0) {
+void grouped_linear_group(
+    Stream& stream, std::span<const GroupedLinearParams> params, std::span<const Tensor> y
+) {
+    if (y[0].rows() == 0) {
         return;
     }
+    for (size_t i = 0; params.size() > 1 && i < params.size(); ++i) {
+        if (Experts{params[i].experts, params[i].adapters}.kind() == AdapterKind::kOft) {
+            // Rotated rows are of one product: no launch to share, and much memory.
+            for (size_t j = 0; j < params.size(); ++j) {
+                cuda::grouped_linear_group(stream, params.subspan(j, 1), y.subspan(j, 1));
+            }
+            return;
+        }
+    }
     const ScratchScope scope(stream.scratch);
-    const Experts experts{p.experts, p.adapters};
-    experts.check();
-    Tensor x = p.x;
-    if (experts.kind() == AdapterKind::kOft) {
-        x = stream.scratch.take(DType::kBF16, {p.x.rows(), p.x.cols()});
-        rotate_rows(stream, p, p.x, x, false, false);
+    std::vector<GroupedArgs> shrinks;
+    std::vector<GroupedArgs> products;
+    for (size_t i = 0; i < params.size(); ++i) {
+        add_product(stream, params[i], y[i], shrinks, products);
     }
-    GroupedArgs g = base_args(p, x, y, Direction::kForward);
-    CHECK_EQ(static_cast<int64_t>(g.one.n), y.cols());
-    if (experts.kind() == AdapterKind::kLora) {
-        add_low_rank(g, p, shrink(stream, p), &AdapterView::lora_b, p.adapters[0].lora_scale);
+    bool x_is_ready = false;  // for the launch that follows the last shrinking one
+    for (size_t i = 0; i < shrinks.size(); ++i) {
+        GroupedArgs& g = shrinks[i];
+        while (i + 1 < shrinks.size() && join(g, shrinks[i + 1])) {
+            ++i;
+        }
+        x_is_ready = grouped_matmul(queue_of(stream), WeightFormat::kBF16, Direction::kForward, g);
     }
-    multiply_base(stream, p, Direction::kForward, g);
+    for (size_t i = 0; i < params.size(); ++i) {
+        const GroupedLinearParams& first = params[i];
+        GroupedArgs& g = products[i];
+        while (i + 1 < params.size() && !decodes_first(first) &&
+               first.experts[0].format == params[i + 1].experts[0].format &&
+               join(g, products[i + 1])) {
+            ++i;
+        }
+        g.products[0].one.x_is_ready = x_is_ready;
+        x_is_ready = false;
+        multiply_base(stream, first, Direction::kForward, g);
+    }
 }
 
 void grouped_linear_backward(
@@ -541,7 +671,7 @@ void grouped_linear_backward(
     }
     if (dx.defined()) {
         GroupedArgs g = base_args(p, dy, dx, Direction::kBackward);
-        g.one.epilogue.residual = accumulate_dx ? activations(dx) : nullptr;
+        g.products[0].one.epilogue.residual = accumulate_dx ? activations(dx) : nullptr;
         multiply_base(stream, p, Direction::kBackward, g);
     }
 }

@@ -2,7 +2,7 @@
 
 namespace orbit::cuda {
 
-template void
+template bool
 grouped_matmul_format<WeightFormat::kNvFp4>(cudaStream_t, Direction, const GroupedArgs&);
 template void
 decode_experts<WeightFormat::kNvFp4>(cudaStream_t, const GroupedArgs&, int32_t, int32_t, bf16*);

@@ -250,19 +250,20 @@ struct LaneX {
     }
 };
 
-// One chunk of a warp's rows in shared memory, as one lane reads it.
-template <WeightFormat kFormat, int kStages>
+// One chunk of a warp's rows in shared memory, `at` bytes from the ring's start, as one lane reads
+// it.
+template <WeightFormat kFormat, int kStages, typename Stream = WeightStream<kFormat, kStages>>
 struct ChunkRows {
     using Layout = DecodeLayout<kFormat>;
     const char* stage;
     const char* row[2];     // rows g and g + 8
     const char* scales[2];  // theirs, where they are in the ring
-    const WeightStream<kFormat, kStages>* stream;
+    const Stream* stream;
     int32_t k0;
 
     __device__ __forceinline__
-    ChunkRows(const MatmulArgs& a, const WeightStream<kFormat, kStages>& from, int32_t k)
-        : stage(from.ring + from.read), stream(&from), k0(k) {
+    ChunkRows(const MatmulArgs& a, const Stream& from, uint32_t at, int32_t k)
+        : stage(from.ring + at), stream(&from), k0(k) {
         const int g = (threadIdx.x & 31) >> 2;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -325,15 +326,22 @@ struct ChunkRows {
                 if constexpr (kScalesApart<kFormat>) {
                     two_scales<kPaired>(a, i, b, words);
                 }
+                decode_two(a.w, i, b, words, w);
+            }
+        }
+    }
+
+    // Row i's part of them. `words`: the blocks' ScaleWords.
+    __device__ __forceinline__ void decode_two(
+        const WeightView& w, int i, int b, const uint32_t (&words)[2], uint32_t (&to)[4][4]
+    ) const {
 #pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    uint32_t pair[4];
-                    decode_block(a.w, i, b + j, words[j], pair);
+        for (int j = 0; j < 2; ++j) {
+            uint32_t pair[4];
+            decode_block(w, i, b + j, words[j], pair);
 #pragma unroll
-                    for (int c = 0; c < 4; ++c) {
-                        w[2 * j + c / 2][i + 2 * (c % 2)] = pair[c];
-                    }
-                }
+            for (int c = 0; c < 4; ++c) {
+                to[2 * j + c / 2][i + 2 * (c % 2)] = pair[c];
             }
         }
     }
@@ -415,7 +423,9 @@ __device__ __forceinline__ void multiply_segment(
             copy_async_wait<kStages - 2>();
             __syncwarp();  // Every lane's bytes are there, and every lane left the stage of c - 1.
             stream.issue(a);
-            const ChunkRows<kFormat, kStages> rows(a, stream, k_begin + c * Layout::kChunk);
+            const ChunkRows<kFormat, kStages> rows(
+                a, stream, stream.read, k_begin + c * Layout::kChunk
+            );
 #pragma unroll
             for (int sub = 0; sub < kChunkSteps; ++sub) {
                 if (inside.value || c * kChunkSteps + sub < steps) {

@@ -123,7 +123,7 @@ __device__ __forceinline__ void multiply_narrow(
             stream.issue(a);
         }
         const int32_t k = x.k_begin + (step - sub) * kTileK;
-        const ChunkRows<kFormat, kStages> rows(a, stream, k);
+        const ChunkRows<kFormat, kStages> rows(a, stream, stream.read, k);
         rows.template fragments<kPaired>(a, sub * 2, w);
         const int32_t left = stream.end - k - sub * kTileK;
         if (left < kTileK) {  // past the segment's end scales may be anything

@@ -157,6 +157,10 @@ struct GroupedLinearParams {
 };
 
 void grouped_linear(Stream& stream, const GroupedLinearParams& p, Tensor y);
+// The same of several weights for rows sorted alike, in fewer launches where they suit each other.
+void grouped_linear_group(
+    Stream& stream, std::span<const GroupedLinearParams> params, std::span<const Tensor> y
+);
 // grads: one per expert, or empty. Overwrites or adds to dx.
 void grouped_linear_backward(
     Stream& stream,

@@ -9,8 +9,10 @@ namespace orbit::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kRouteWarps = 4;       // tokens of one block
-constexpr int kExpertsPerLane = 32;  // 1024 experts at most
+constexpr int kRouteWarps = 4;     // tokens of one block
+constexpr int kRoutedMost = 1024;  // experts
+constexpr int kFewPerLane = 4;     // experts of a lane: 128, most models' number
+constexpr int kMostPerLane = kRoutedMost / 32;
 constexpr int kSortThreads = 256;
 
 struct RouteArgs {
@@ -65,17 +67,18 @@ __device__ __forceinline__ void record_or_replay(
 }
 
 // A warp a token: lane l holds the experts l, l + 32, ...
-__device__ __forceinline__ float softmax_row(float (&s)[kExpertsPerLane], int32_t experts) {
+template <int kPerLane>
+__device__ __forceinline__ float softmax_row(float (&s)[kPerLane], int32_t experts) {
     const int lane = threadIdx.x & 31;
     float top = __uint_as_float(0xff800000u);
 #pragma unroll
-    for (int i = 0; i < kExpertsPerLane; ++i) {
+    for (int i = 0; i < kPerLane; ++i) {
         top = lane + 32 * i < experts ? fmaxf(top, s[i]) : top;
     }
     top = warp_max(top);
     float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kExpertsPerLane; ++i) {
+    for (int i = 0; i < kPerLane; ++i) {
         s[i] = lane + 32 * i < experts ? exp_f32(__fsub_rn(s[i], top)) : 0.0f;
         sum = __fadd_rn(sum, s[i]);
     }
@@ -83,13 +86,14 @@ __device__ __forceinline__ float softmax_row(float (&s)[kExpertsPerLane], int32_
 }
 
 // The expert with the largest score that is not taken yet; the lower one of equals.
+template <int kPerLane>
 __device__ __forceinline__ int32_t
-next_expert(const float (&s)[kExpertsPerLane], uint32_t taken, int32_t experts) {
+next_expert(const float (&s)[kPerLane], uint32_t taken, int32_t experts) {
     const int lane = threadIdx.x & 31;
     float best = -1.0f;
     int32_t at = 0x7fffffff;
 #pragma unroll
-    for (int i = 0; i < kExpertsPerLane; ++i) {
+    for (int i = 0; i < kPerLane; ++i) {
         const int32_t e = lane + 32 * i;
         const float score = s[i] == s[i] ? s[i] : 0.0f;  // a NaN still leads to some expert
         if (e < experts && ((taken >> i) & 1u) == 0u && score > best) {
@@ -109,6 +113,7 @@ next_expert(const float (&s)[kExpertsPerLane], uint32_t taken, int32_t experts) 
     return at;
 }
 
+template <int kPerLane>
 __global__ void __launch_bounds__(32 * kRouteWarps) route_kernel(RouteArgs a) {
     release_successor();
     wait_for_predecessor();
@@ -118,14 +123,14 @@ __global__ void __launch_bounds__(32 * kRouteWarps) route_kernel(RouteArgs a) {
         return;
     }
     float* row = a.scores + token * a.experts;
-    float s[kExpertsPerLane];
+    float s[kPerLane];
 #pragma unroll
-    for (int i = 0; i < kExpertsPerLane; ++i) {
+    for (int i = 0; i < kPerLane; ++i) {
         s[i] = lane + 32 * i < a.experts ? row[lane + 32 * i] : 0.0f;
     }
     const float sum = softmax_row(s, a.experts);
 #pragma unroll
-    for (int i = 0; i < kExpertsPerLane; ++i) {
+    for (int i = 0; i < kPerLane; ++i) {
         s[i] = __fdiv_rn(s[i], sum);
         if (lane + 32 * i < a.experts) {
             row[lane + 32 * i] = s[i];
@@ -153,6 +158,7 @@ __global__ void __launch_bounds__(32 * kRouteWarps) route_kernel(RouteArgs a) {
     __syncwarp();
     record_or_replay(a, token, expert);
     float chosen = 0.0f;
+#pragma unroll 8
     for (int32_t k = 0; k < a.selected; ++k) {
         chosen = __fadd_rn(chosen, row[expert[k]]);
     }
@@ -163,68 +169,38 @@ __global__ void __launch_bounds__(32 * kRouteWarps) route_kernel(RouteArgs a) {
     }
 }
 
-// Block e counts the rows of expert e.
-__global__ void __launch_bounds__(kSortThreads)
-    count_kernel(const int32_t* expert, int64_t rows, int32_t* counts) {
+// Block e finds where the rows of expert e begin, and gives them their places in the order of
+// tokens.
+__global__ void __launch_bounds__(kSortThreads) sort_kernel(Routing r, int64_t rows) {
     release_successor();
     wait_for_predecessor();
     __shared__ int32_t shared[kSortThreads / 32];
-    int32_t count = 0;
-    for (int64_t i = threadIdx.x; i < rows; i += kSortThreads) {
-        count += expert[i] == static_cast<int32_t>(blockIdx.x) ? 1 : 0;
-    }
-    const int32_t total = block_sum<kSortThreads / 32>(count, shared);
-    if (threadIdx.x == 0) {
-        counts[blockIdx.x] = total;
-    }
-}
-
-// offsets[e] = counts[0] + ... + counts[e - 1], in place: counts lie at offsets + 1. One warp.
-__global__ void offsets_kernel(int32_t* offsets, int32_t experts) {
-    release_successor();
-    wait_for_predecessor();
-    const int lane = threadIdx.x;
-    int32_t carry = 0;
-    for (int32_t first = 0; first < experts; first += 32) {
-        int32_t value = first + lane < experts ? offsets[1 + first + lane] : 0;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance <<= 1) {
-            const int32_t below = __shfl_up_sync(kFullWarp, value, distance);
-            value += lane >= distance ? below : 0;
-        }
-        if (first + lane < experts) {
-            offsets[1 + first + lane] = carry + value;
-        }
-        carry += __shfl_sync(kFullWarp, value, 31);
-    }
-    if (lane == 0) {
-        offsets[0] = 0;
-    }
-}
-
-// Block e gives the rows of expert e their places, in the order of tokens.
-__global__ void __launch_bounds__(kSortThreads) place_kernel(Routing r, int64_t rows) {
-    release_successor();
-    wait_for_predecessor();
-    __shared__ int32_t warps[kSortThreads / 32];
     const int lane = threadIdx.x & 31;
     const int warp = threadIdx.x >> 5;
     const auto e = static_cast<int32_t>(blockIdx.x);
-    int32_t next = r.offsets[e];
+    int32_t below = 0;
+    for (int64_t i = threadIdx.x; i < rows; i += kSortThreads) {
+        below += r.expert[i] < e ? 1 : 0;
+    }
+    int32_t next = block_sum<kSortThreads / 32>(below, shared);
+    if (threadIdx.x == 0) {
+        r.offsets[e] = next;
+    }
     for (int64_t first = 0; first < rows; first += kSortThreads) {
         const int64_t i = first + threadIdx.x;
         const bool mine = i < rows && r.expert[i] == e;
         const uint32_t ballot = __ballot_sync(kFullWarp, mine);
+        __syncthreads();
         if (lane == 0) {
-            warps[warp] = __popc(ballot);
+            shared[warp] = __popc(ballot);
         }
         __syncthreads();
         int32_t before = 0;
         int32_t total = 0;
 #pragma unroll
         for (int w = 0; w < kSortThreads / 32; ++w) {
-            before += w < warp ? warps[w] : 0;
-            total += warps[w];
+            before += w < warp ? shared[w] : 0;
+            total += shared[w];
         }
         if (mine) {
             const int32_t row = next + before + __popc(ballot & ((1u << lane) - 1u));
@@ -232,7 +208,9 @@ __global__ void __launch_bounds__(kSortThreads) place_kernel(Routing r, int64_t 
             r.token_of[row] = static_cast<int32_t>(i / r.num_selected);
         }
         next += total;
-        __syncthreads();
+    }
+    if (threadIdx.x == 0 && e + 1 == r.num_experts) {
+        r.offsets[e + 1] = next;
     }
 }
 
@@ -303,10 +281,12 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(CombineArgs a) {
     const int64_t token = blockIdx.x;
     const bool aligned = a.cols % 8 == 0;
     const Eight zero{};
-    for (int64_t i = threadIdx.x; 8 * i < a.cols; i += kThreads) {
+    const int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
+    if (8 * i < a.cols) {
         const Eight base =
             a.base == nullptr ? zero : load_eight(a.base + token * a.cols, i, a.cols, aligned);
         Eight sum = a.base_first ? base : zero;
+#pragma unroll 8
         for (int32_t k = 0; k < a.selected; ++k) {
             const int64_t at = token * a.selected + k;
             const Eight v = load_eight(a.x + a.row_of[at] * a.cols, i, a.cols, aligned);
@@ -359,26 +339,31 @@ int64_t rows_of(const Routing& r) {
     return static_cast<int64_t>(r.num_tokens) * r.num_selected;
 }
 
-void sort_rows(cudaStream_t queue, const Routing& r) {
-    const unsigned blocks = grid_dim(r.num_experts);
-    const int64_t rows = rows_of(r);
-    launch_early(count_kernel, dim3(blocks), kSortThreads, 0, queue, r.expert, rows, r.offsets + 1);
-    launch_early(offsets_kernel, dim3(1), 32, 0, queue, r.offsets, r.num_experts);
-    launch_early(place_kernel, dim3(blocks), kSortThreads, 0, queue, r, rows);
+void launch_route(cudaStream_t queue, const RouteArgs& args) {
+    const bool few = args.experts <= 32 * kFewPerLane;
+    launch_early(
+        few ? route_kernel<kFewPerLane> : route_kernel<kMostPerLane>,
+        dim3(grid_dim(ceil_div(args.tokens, kRouteWarps))),
+        32 * kRouteWarps,
+        0,
+        queue,
+        args
+    );
 }
 
 void launch_combine(Stream& stream, const Routing& r, const CombineArgs& args) {
     if (r.num_tokens > 0) {
-        launch_early(
-            combine_kernel, dim3(grid_dim(r.num_tokens)), kThreads, 0, queue_of(stream), args
+        const dim3 grid(
+            grid_dim(r.num_tokens), grid_dim_yz(ceil_div(args.cols, int64_t{8} * kThreads))
         );
+        launch_early(combine_kernel, grid, kThreads, 0, queue_of(stream), args);
     }
 }
 
 }  // namespace
 
 void route(Stream& stream, const RouterParams& p, const Routing& r) {
-    CHECK_LE(r.num_experts, 32 * kExpertsPerLane);
+    CHECK_LE(r.num_experts, kRoutedMost);
     if (r.num_tokens == 0) {
         zero_fill(stream, r.offsets, sizeof(int32_t) * static_cast<size_t>(r.num_experts + 1));
         return;
@@ -399,15 +384,8 @@ void route(Stream& stream, const RouterParams& p, const Routing& r) {
         p.layer,
         p.record,
         p.replay};
-    launch_early(
-        route_kernel,
-        dim3(grid_dim(ceil_div(r.num_tokens, kRouteWarps))),
-        32 * kRouteWarps,
-        0,
-        queue,
-        args
-    );
-    sort_rows(queue, r);
+    launch_route(queue, args);
+    launch_early(sort_kernel, dim3(grid_dim(r.num_experts)), kSortThreads, 0, queue, r, rows_of(r));
 }
 
 void route_backward(

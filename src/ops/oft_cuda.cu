@@ -77,14 +77,13 @@ __device__ __forceinline__ bool take_expert(RotateArgs& a, int32_t& row0) {
     if (a.offsets == nullptr) {
         return true;
     }
-    int32_t expert = 0;
-    int32_t row = 0;
-    if (!find_tile<kRotateRows>(a.offsets, a.experts, row0 / kRotateRows, expert, row)) {
+    ExpertRows rows;
+    if (!find_tile<kRotateRows>(a.offsets, a.experts, row0 / kRotateRows, rows)) {
         return false;
     }
-    row0 = a.offsets[expert] + row;
-    a.rows = a.offsets[expert + 1];
-    a.d += expert * a.distance;
+    row0 = rows.first;
+    a.rows = rows.first + rows.count;
+    a.d += rows.expert * a.distance;
     return true;
 }
 

@@ -407,8 +407,9 @@ class Bench {
         synchronize(stream_);
     }
 
-    // Bytes that one decode step must read: weights, head, adapter, keys and values.
-    double decode_bytes(int64_t batch, double context) const {
+    // Bytes that one decode step must read: weights, head, adapter, keys and values. `active`:
+    // experts of a layer that some token chose.
+    double decode_bytes(int64_t batch, double context, double active) const {
         const ModelConfig& c = model_.config;
         double bytes = static_cast<double>(model_.head.bytes());
         for (const auto& layer : model_.layers) {
@@ -417,7 +418,7 @@ class Bench {
                 bytes += static_cast<double>(l->w.bytes());
             }
             if (layer.moe) {
-                bytes += expert_bytes(*layer.moe, batch);
+                bytes += expert_bytes(*layer.moe, active);
             }
         }
         bytes += adapter_bytes();
@@ -425,14 +426,12 @@ class Bench {
                            4.0 * static_cast<double>(c.num_kv_heads * c.head_dim);
     }
 
-    // Of the experts that `batch` tokens choose, if they choose by chance, and the router.
-    double expert_bytes(const MoeWeights& moe, int64_t batch) const {
+    // Of so many experts, and the router.
+    double expert_bytes(const MoeWeights& moe, double active) const {
         const double each = static_cast<double>(
             moe.gate.w[0].bytes() + moe.up.w[0].bytes() + moe.down.w[0].bytes()
         );
-        const ModelConfig& c = model_.config;
-        return each * active_experts(c.num_experts, c.experts_per_token, batch) +
-               static_cast<double>(moe.router.bytes());
+        return each * active + static_cast<double>(moe.router.bytes());
     }
 
     double adapter_bytes() const {
@@ -537,7 +536,6 @@ class Bench {
             2.0 * static_cast<double>(batch) *
             (linear_parameters() + static_cast<double>(c.vocab_size * c.width) +
              2.0 * context * static_cast<double>(c.num_layers * c.num_heads * c.head_dim));
-        row.floor_us = floor_us(decode_bytes(batch, context), flops);
         row.tokens_per_s = static_cast<double>(batch) / (row.time_us * 1e-6);
         row.note = fmt::format(
             "prefill {:.0f} tok/s", static_cast<double>(batch * options_.context) / prefill
@@ -547,13 +545,16 @@ class Bench {
         }
         std::vector<Completion> answers = engine.take_finished();
         row.digest = digest_of(answers);
+        double active = 0;
         if (c.num_experts > 0) {
+            active = mean_active_experts(c, answers, options_.context);
             row.note += fmt::format(
                 ", experts active in a layer {:.1f} expected, {:.1f} met",
                 active_experts(c.num_experts, c.experts_per_token, batch),
-                mean_active_experts(c, answers, options_.context)
+                active
             );
         }
+        row.floor_us = floor_us(decode_bytes(batch, context, active), flops);
         add_streamed(row, batch, 1);
         report_memory(row, memory);
         add(row);

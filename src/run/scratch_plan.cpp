@@ -296,7 +296,7 @@ class Layer {
         const Site v = attention_site("v_proj", c_.width, kv_width());
         const Site o = attention_site("o_proj", q_width(), c_.width);
         activation(tokens(), c_.width);
-        linears({q, k, v});
+        linears(tokens(), {q, k, v}, false);
         activation(tokens(), q_width());  // after rope
         activation(tokens(), kv_width());
         if (!kept_attention) {
@@ -376,6 +376,10 @@ class Layer {
         if (!is_backward) {
             take_u(s, rows);
         }
+        linear_workspace(rows, s, is_backward, grouped);
+    }
+
+    void linear_workspace(int64_t rows, const Site& s, bool is_backward, bool grouped) {
         if (!m_.on_cpu) {
             GpuLinear op(m_, meter_, rows, grouped);
             is_backward ? op.backward(s) : op.forward({s});
@@ -387,18 +391,21 @@ class Layer {
         is_backward ? op.backward(s) : op.forward(s);
     }
 
-    // Pass::linears.
-    void linears(std::initializer_list<Site> sites) {
+    // Pass::linears and Pass::grouped_linears.
+    void linears(int64_t rows, std::initializer_list<Site> sites, bool grouped) {
         for (const Site& s : sites) {
-            take_u(s, tokens());
-            activation(tokens(), s.out);
+            take_u(s, rows);
+            activation(rows, s.out);
         }
-        if (!m_.on_cpu) {
-            GpuLinear(m_, meter_, tokens(), false).forward(sites);
+        const bool rotates = std::any_of(sites.begin(), sites.end(), [](const Site& s) {
+            return s.kind == AdapterKind::kOft;
+        });
+        if (!m_.on_cpu && !(grouped && rotates)) {
+            GpuLinear(m_, meter_, rows, grouped).forward(sites);
             return;
         }
         for (const Site& s : sites) {
-            CpuLinear(m_, meter_, tokens()).forward(s);
+            linear_workspace(rows, s, false, grouped);
         }
     }
 
@@ -422,8 +429,10 @@ class Layer {
     // With a tape the output is not computed.
     void forward_mlp() {
         linears(
+            tokens(),
             {kept(mlp_site("gate_proj", c_.width, c_.mlp_width)),
-             kept(mlp_site("up_proj", c_.width, c_.mlp_width))}
+             kept(mlp_site("up_proj", c_.width, c_.mlp_width))},
+            false
         );
         activation(tokens(), c_.mlp_width);
         if (!taped_) {
@@ -452,13 +461,14 @@ class Layer {
             CpuLinear(m_, meter_, tokens()).multiply(c_.width, c_.num_experts);
         }
         activation(routed(), c_.width);
-        for (const char* leaf : {"gate_proj", "up_proj"}) {
-            activation(routed(), c_.expert_width);
-            linear(routed(), mlp_site(leaf, c_.width, c_.expert_width), false, true);
-        }
+        linears(
+            routed(),
+            {mlp_site("gate_proj", c_.width, c_.expert_width),
+             mlp_site("up_proj", c_.width, c_.expert_width)},
+            true
+        );
         activation(routed(), c_.expert_width);
-        activation(routed(), c_.width);
-        linear(routed(), mlp_site("down_proj", c_.expert_width, c_.width), false, true);
+        linears(routed(), {mlp_site("down_proj", c_.expert_width, c_.width)}, true);
     }
 
     void backward_experts() {

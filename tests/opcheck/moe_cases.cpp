@@ -202,18 +202,28 @@ Activations forward(const Block& block, Stream& stream, const Tensors& in, const
     }
     a.rows = scratch(stream, s, rows, s.width);
     dispatch_rows(stream, a.routing, in[kX], a.rows);
-    const auto project = [&](Projection projection, const Tensor& x) {
-        const Tensor out = scratch(stream, s, rows, out_of(s, projection));
-        const auto weights = block.weights(projection, in);
-        const auto adapters = block.adapters(projection, in);
-        grouped_linear(stream, {x, weights, adapters, a.routing.offsets, a.buffer()}, out);
+    const auto project = [&](std::initializer_list<Projection> projections, const Tensor& x) {
+        std::vector<std::vector<QuantizedMatrix>> weights;
+        std::vector<std::vector<AdapterView>> adapters;
+        std::vector<GroupedLinearParams> params;
+        std::vector<Tensor> out;
+        for (const Projection projection : projections) {
+            weights.push_back(block.weights(projection, in));
+            adapters.push_back(block.adapters(projection, in));
+            out.push_back(scratch(stream, s, rows, out_of(s, projection)));
+        }
+        for (size_t i = 0; i < out.size(); ++i) {
+            params.push_back({x, weights[i], adapters[i], a.routing.offsets, a.buffer()});
+        }
+        grouped_linear_group(stream, params, out);
         return out;
     };
-    a.gate = project(kGate, a.rows);
-    a.up = project(kUp, a.rows);
+    const std::vector<Tensor> gate_up = project({kGate, kUp}, a.rows);
+    a.gate = gate_up[0];
+    a.up = gate_up[1];
     a.hidden = scratch(stream, s, rows, s.expert_width);
     swiglu(stream, a.gate, a.up, a.hidden);
-    a.out = project(kDown, a.hidden);
+    a.out = project({kDown}, a.hidden)[0];
     combine_rows(stream, a.routing, a.out, in[kResidual], y);
     return a;
 }
@@ -550,6 +560,26 @@ void add_gpu_cases(CaseList& cases) {
         skewed.spread = Spread::kOneExpert;
         add(skewed);
     }
+    for (const WeightFormat format :
+         {WeightFormat::kBF16,
+          WeightFormat::kInt4,
+          WeightFormat::kFp8,
+          WeightFormat::kMxFp4,
+          WeightFormat::kNvFp4}) {
+        for (const int64_t rank : {0, 8, 16, 32}) {  // gate and up in one launch, as their A
+            Shape few{format, 33, 320, 160, 40, 4};  // 3 rows an expert; none for some
+            few.adapter = rank == 0 ? AdapterKind::kNone : AdapterKind::kLora;
+            few.adapter_size = rank;
+            add(few);
+        }
+        Shape few{format, 24, 256, 160, 8, 1, true, AdapterKind::kLora, 16};
+        few.spread = Spread::kUneven;  // 17 rows of one expert in tiles of eight
+        add(few);
+    }
+    // More experts than a warp looks through at once, and a warp that takes one item after another.
+    add({WeightFormat::kInt4, 40, 64, 32, 150, 4, true, AdapterKind::kLora, 16});
+    add({WeightFormat::kInt4, 64, 256, 512, 128, 8, true, AdapterKind::kLora, 16});
+    add({WeightFormat::kFp8, 64, 128, 512, 128, 8});
     Shape wide{WeightFormat::kInt4, 64, 2048, 256, 24, 8};  // a long contraction
     add(wide);
     wide.adapter = AdapterKind::kLora;

@@ -12,9 +12,9 @@ Tensor qwen3_moe_layer(
     const Routing routing = pass.route(m_TD, *w.moe);
     const MoeWeights& moe = pass.experts_on_device(routing, *w.moe);
     const Tensor m_RD = pass.dispatch(routing, m_TD);
-    const Tensor gate_RI = pass.grouped_linear(routing, m_RD, moe.gate);
-    const Tensor up_RI = pass.grouped_linear(routing, m_RD, moe.up);
-    const Tensor y_RD = pass.grouped_linear(routing, pass.swiglu(gate_RI, up_RI), moe.down);
+    const std::vector<Tensor> gate_up = pass.grouped_linears(routing, m_RD, {&moe.gate, &moe.up});
+    const Tensor hidden_RI = pass.swiglu(gate_up[0], gate_up[1]);
+    const Tensor y_RD = pass.grouped_linears(routing, hidden_RI, {&moe.down})[0];
     return pass.combine(routing, y_RD, h_TD, out_TD);
 }
 
