@@ -163,7 +163,11 @@ void append_kv(Stream& stream, const AttentionParams& p) {
         return;
     }
     const int64_t head_dim = p.k.shape[2];
-    CHECK_EQ(head_dim % 8, 0);
+    USER_CHECK(
+        head_dim % 8 == 0,
+        "heads of {} channels are not supported on a GPU (64 and 128 are); use device = \"cpu\".",
+        head_dim
+    );
     PageWriteArgs a{};
     a.k = activations(p.k);
     a.v = activations(p.v);
