@@ -517,7 +517,7 @@ void add_product(
 DecodePlan plan_grouped_decode(
     const GroupedArgs& g, int64_t tile_rows, int64_t ring_bytes, int most_warps
 ) {
-    constexpr int64_t kMultiprocessors = 132;
+    const int64_t multiprocessors = device_limits().multiprocessors;
     constexpr int64_t kColumns = 4096;   // of the contraction, that a warp's items may add up to
     constexpr int64_t kReserved = 1024;  // bytes of shared memory that a block takes besides
     const MatmulArgs& a = g.products[0].one;
@@ -527,7 +527,7 @@ DecodePlan plan_grouped_decode(
     DecodeItems& items = plan.items;
     items.of_product = static_cast<int32_t>(ceil_div(a.epilogue.columns, kDecodeRows));
     items.count = items.of_product * g.count;
-    const int64_t waves = items.count * tiles / (2 * kGroupedWarpsMax * kMultiprocessors);
+    const int64_t waves = items.count * tiles / (2 * kGroupedWarpsMax * multiprocessors);
     int64_t run = 1;  // a power of two
     while (2 * run <= std::min(kColumns / a.k, waves)) {
         run *= 2;
@@ -540,7 +540,7 @@ DecodePlan plan_grouped_decode(
     items.x_bytes = static_cast<int32_t>(x_bytes);
     // Few warps are spread over more multiprocessors; four share more of x.
     const int64_t all_warps = ceil_div(items.count, run) * tiles;
-    const int64_t fewest = all_warps < kGroupedWarpsMax * kMultiprocessors ? 2 : 4;
+    const int64_t fewest = all_warps < kGroupedWarpsMax * multiprocessors ? 2 : 4;
     int64_t most_resident = 0;
     for (int64_t warps = 1; warps <= most_warps; warps *= 2) {
         const int64_t bytes = x_bytes + warps * ring_bytes;

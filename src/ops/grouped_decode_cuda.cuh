@@ -425,7 +425,7 @@ bool launch_grouped_decode(cudaStream_t queue, const GroupedArgs& g) {
         const int64_t tiles = tiles_bound(g, one_tile ? 8 : 16);
         const int64_t warps =
             tiles * g.count * ceil_div(g.products[0].one.epilogue.columns, kDecodeRows);
-        if (warps <= 4 * 132 && has_wgmma()) {
+        if (warps <= 4 * device_limits().multiprocessors && has_wgmma()) {
             const bool done = one_tile
                                   ? launch_grouped_decode<kFormat, 1, kDeepStages>(queue, g, 2)
                                   : launch_grouped_decode<kFormat, 2, kDeepStages>(queue, g, 2);

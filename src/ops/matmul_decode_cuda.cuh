@@ -611,6 +611,7 @@ void launch_decode_blocks(
 template <WeightFormat kFormat>
 void launch_decode(cudaStream_t queue, MatmulGroup& group) {
     // Two warps a block spread few rows over more multiprocessors; four share more of x.
+    const int64_t multiprocessors = device_limits().multiprocessors;
     int64_t all_warps = 0;
     int32_t most_segments = 1;
     for (int32_t i = 0; i < group.count; ++i) {
@@ -620,7 +621,7 @@ void launch_decode(cudaStream_t queue, MatmulGroup& group) {
         most_segments = std::max(most_segments, segments);
         all_warps += ceil_div(a.epilogue.columns, kDecodeRows) * segments;
     }
-    const int num_warps = all_warps < 4 * 132 && most_segments <= 2 ? 2 : 4;
+    const int num_warps = all_warps < 4 * multiprocessors && most_segments <= 2 ? 2 : 4;
     int64_t blocks = 0;
     for (int32_t i = 0; i < group.count; ++i) {
         const MatmulArgs& a = group.args[i];
@@ -633,7 +634,7 @@ void launch_decode(cudaStream_t queue, MatmulGroup& group) {
     // A block that is alone on its multiprocessor (LoRA's narrow side) hides the memory's latency
     // by a deeper ring alone.
     if constexpr (kFormat == WeightFormat::kBF16) {
-        if (blocks <= 132 && has_wgmma()) {
+        if (blocks <= multiprocessors && has_wgmma()) {
             return launch_decode_blocks<kFormat, kDeepStages>(queue, group, blocks, num_warps);
         }
     }

@@ -351,9 +351,9 @@ inline int64_t number_narrow_blocks(MatmulGroup& group, const NarrowCut& cut) {
     return blocks;
 }
 
-// How many clusters the GPU runs at once.
-template <typename Kernel>
-int64_t clusters_at_once(Kernel* kernel, const NarrowCut& cut, size_t shared_bytes) {
+// How many clusters the GPU runs at once; it is asked once for each cut.
+template <WeightFormat kFormat, int kTokens>
+int64_t clusters_at_once(const NarrowCut& cut, int shared_bytes) {
     static int known[5][kNarrowMaxGroups + 1] = {};
     int& clusters = known[cut.cluster][cut.groups];
     if (clusters == 0) {
@@ -363,11 +363,12 @@ int64_t clusters_at_once(Kernel* kernel, const NarrowCut& cut, size_t shared_byt
         attribute.val.clusterDim.y = 1;
         attribute.val.clusterDim.z = 1;
         cudaLaunchConfig_t config{};
-        config.gridDim = dim3(static_cast<unsigned>(cut.cluster) * 132);
+        config.gridDim = dim3(static_cast<unsigned>(cut.cluster * device_limits().multiprocessors));
         config.blockDim = dim3(static_cast<unsigned>(cut.groups) * 128);
-        config.dynamicSmemBytes = shared_bytes;
+        config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
         config.attrs = &attribute;
         config.numAttrs = 1;
+        const auto kernel = matmul_narrow_kernel<kFormat, kTokens>;
         CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
         CHECK_GT(clusters, 0);
     }
@@ -378,7 +379,7 @@ int64_t clusters_at_once(Kernel* kernel, const NarrowCut& cut, size_t shared_byt
 // blocks).
 template <WeightFormat kFormat, int kTokens>
 bool launch_narrow(cudaStream_t queue, MatmulGroup& group) {
-    constexpr int64_t kMultiprocessors = 132;
+    const int64_t multiprocessors = device_limits().multiprocessors;
     constexpr int kSharedBytes = 226 * 1024;
     const auto kernel = matmul_narrow_kernel<kFormat, kTokens>;
     int most = 1;
@@ -402,9 +403,9 @@ bool launch_narrow(cudaStream_t queue, MatmulGroup& group) {
             break;
         }
         const int64_t blocks = number_narrow_blocks(group, cut);
-        const int64_t at_once = clusters_at_once(kernel, cut, static_cast<size_t>(bytes));
+        const int64_t at_once = clusters_at_once<kFormat, kTokens>(cut, bytes);
         const int64_t waves =
-            std::max(ceil_div(blocks, kMultiprocessors), ceil_div(blocks / cut.cluster, at_once));
+            std::max(ceil_div(blocks, multiprocessors), ceil_div(blocks / cut.cluster, at_once));
         const int64_t cost = waves * (cut.groups + 1);
         if (best == 0 || cost < least_cost) {
             least_cost = cost;
