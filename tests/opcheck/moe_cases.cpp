@@ -15,6 +15,13 @@
 namespace orbit::opcheck {
 namespace {
 
+constexpr WeightFormat kFormats[] = {
+    WeightFormat::kBF16,
+    WeightFormat::kInt4,
+    WeightFormat::kFp8,
+    WeightFormat::kMxFp4,
+    WeightFormat::kNvFp4};
+
 // Where the router sends the tokens: by chance; 1 to expert 1, 17 to expert 2 and the rest to
 // expert 3, none to the others; all to expert 2.
 enum class Spread : uint8_t { kEven, kUneven, kOneExpert };
@@ -535,12 +542,7 @@ void add_gpu_cases(CaseList& cases) {
         add_gpu_case(cases, "moe", s, false);
         add_gpu_case(cases, "moe_dx", s, true);
     };
-    for (const WeightFormat format :
-         {WeightFormat::kBF16,
-          WeightFormat::kInt4,
-          WeightFormat::kFp8,
-          WeightFormat::kMxFp4,
-          WeightFormat::kNvFp4}) {
+    for (const WeightFormat format : kFormats) {
         add({format, 30, 256, 160, 8, 3});   // 11 rows an expert
         add({format, 100, 256, 160, 8, 3});  // 37
         Shape many{format, 700, 256, 160, 6, 2};
@@ -560,12 +562,7 @@ void add_gpu_cases(CaseList& cases) {
         skewed.spread = Spread::kOneExpert;
         add(skewed);
     }
-    for (const WeightFormat format :
-         {WeightFormat::kBF16,
-          WeightFormat::kInt4,
-          WeightFormat::kFp8,
-          WeightFormat::kMxFp4,
-          WeightFormat::kNvFp4}) {
+    for (const WeightFormat format : kFormats) {
         for (const int64_t rank : {0, 8, 16, 32}) {  // gate and up in one launch, as their A
             Shape few{format, 33, 320, 160, 40, 4};  // 3 rows an expert; none for some
             few.adapter = rank == 0 ? AdapterKind::kNone : AdapterKind::kLora;
@@ -595,12 +592,7 @@ void add_moe_cases(CaseList& cases) {
             s.compute = compute;
             add_case(cases, s);
         };
-        for (const WeightFormat format :
-             {WeightFormat::kBF16,
-              WeightFormat::kInt4,
-              WeightFormat::kFp8,
-              WeightFormat::kMxFp4,
-              WeightFormat::kNvFp4}) {
+        for (const WeightFormat format : kFormats) {
             add({format, 9, 64, 32, 8, 3});
             add({format, 9, 64, 32, 8, 3, true, AdapterKind::kLora, 4});
             add({format, 9, 64, 32, 8, 3, true, AdapterKind::kOft, 16});

@@ -96,14 +96,19 @@ Table make_table(int64_t half) {
     return table;
 }
 
+std::vector<float> random_positions(int64_t tokens, Random& random) {
+    std::vector<float> positions;
+    for (int64_t t = 0; t < tokens; ++t) {
+        positions.push_back(static_cast<float>(random.below(kMaxPositions)));
+    }
+    return positions;
+}
+
 void add_case(CaseList& cases, const Shape& s) {
     Random random(cases.size() + 1);
     const int64_t half = s.rotary / 2;
     const Table table = make_table(half);
-    std::vector<float> positions;
-    for (int64_t t = 0; t < s.tokens; ++t) {
-        positions.push_back(static_cast<float>(random.below(kMaxPositions)));
-    }
+    const std::vector<float> positions = random_positions(s.tokens, random);
     const bool f32 = s.compute == DType::kF32;
     Case c;
     c.op = "norm_rope";
@@ -231,10 +236,7 @@ void add_append_case(CaseList& cases, const Shape& s, int64_t kv_heads) {
     Random random(cases.size() + 1);
     const int64_t half = s.rotary / 2;
     const Table table = make_table(half);
-    std::vector<float> positions;
-    for (int64_t t = 0; t < s.tokens; ++t) {
-        positions.push_back(static_cast<float>(random.below(kMaxPositions)));
-    }
+    const std::vector<float> positions = random_positions(s.tokens, random);
     const auto heads = [&](const char* name, int64_t count) {
         const int64_t values = s.tokens * count * s.d;
         return per_row(input(name, s.compute, {s.tokens, count, s.d}, random.normals(values)));
