@@ -1,4 +1,6 @@
 // The linear op and its backward on the GPU: adapters around the matmul family.
+#include <vector>
+
 #include "device/cuda/rows.cuh"
 #include "ops/cuda_ops.h"
 #include "ops/dense_cuda.cuh"
@@ -74,19 +76,42 @@ Tensor shrunk(Stream& stream, const LinearParams& p) {
     return u;
 }
 
-// xr = round(x + x D).
-Tensor rotated(Stream& stream, const Tensor& x, const Tensor& oft_d) {
-    const Tensor xr = stream.scratch.take(DType::kBF16, {x.rows(), x.cols()});
+// round(x + x D) or, in backward, of D^T, to y; [rows, width] all of them.
+RotateArgs rotate_args(const Tensor& x, const Tensor& oft_d, const Tensor& y) {
     RotateArgs args;
     args.x = activations(x);
     args.d = activations(oft_d);
-    args.y = activations(xr);
+    args.y = activations(y);
     args.rows = static_cast<int32_t>(x.rows());
     args.width = static_cast<int32_t>(x.cols());
     args.block = static_cast<int32_t>(oft_d.shape[1]);
     CHECK_EQ(args.block * oft_d.shape[0], x.cols());
-    rotate(queue_of(stream), args, false);
-    return xr;
+    return args;
+}
+
+// The inputs of products as their rotations give them, one launch where these are alike.
+void rotate_inputs(Stream& stream, std::span<const LinearParams> params, Tensor (&x)[kMaxGroup]) {
+    std::vector<RotateArgs> all;
+    const auto run = [&] {
+        if (!all.empty()) {
+            rotate(queue_of(stream), all, false);
+            all.clear();
+        }
+    };
+    for (size_t i = 0; i < params.size(); ++i) {
+        const LinearParams& p = params[i];
+        x[i] = p.x;
+        if (p.adapter.kind != AdapterKind::kOft) {
+            continue;
+        }
+        x[i] = stream.scratch.take(DType::kBF16, {p.x.rows(), p.x.cols()});
+        const RotateArgs args = rotate_args(p.x, p.adapter.oft_d, x[i]);
+        if (!all.empty() && (all[0].width != args.width || all[0].block != args.block)) {
+            run();
+        }
+        all.push_back(args);
+    }
+    run();
 }
 
 // One product with a base's weight.
@@ -193,15 +218,9 @@ void oft_backward(
         );
     }
     if (dx.defined()) {
-        RotateArgs args;
-        args.x = activations(dxr);
-        args.d = activations(p.adapter.oft_d);
-        args.y = activations(dx);
-        args.rows = rows;
-        args.width = width;
-        args.block = block;
+        RotateArgs args = rotate_args(dxr, p.adapter.oft_d, dx);
         args.accumulate = accumulate_dx;
-        rotate(queue_of(stream), args, true);
+        rotate(queue_of(stream), {&args, 1}, true);
     }
 }
 
@@ -284,12 +303,12 @@ void linear_group(Stream& stream, std::span<const LinearParams> params, std::spa
     const ScratchScope scope(stream.scratch);
     MatmulGroup shrinks;
     MatmulArgs products[kMaxGroup];
+    Tensor x[kMaxGroup];
+    rotate_inputs(stream, params, x);
     for (size_t i = 0; i < params.size(); ++i) {
         const LinearParams& p = params[i];
-        const bool rotates = p.adapter.kind == AdapterKind::kOft;
-        const Tensor x = rotates ? rotated(stream, p.x, p.adapter.oft_d) : p.x;
         MatmulArgs& a = products[i];
-        a = forward_args(x, p.w, y[i]);
+        a = forward_args(x[i], p.w, y[i]);
         CHECK_EQ(static_cast<int64_t>(a.n), y[i].cols());
         a.epilogue.bias = p.bias;
         if (p.residual.defined()) {

@@ -1,6 +1,8 @@
 // Pieces of the linear op that are not the matmul itself: rotations and adapter gradients.
 #pragma once
 
+#include <span>
+
 #include "device/cuda/check.cuh"
 #include "ops/matmul_cuda.cuh"
 
@@ -22,8 +24,10 @@ struct RotateArgs {
     int64_t distance = 0;
 };
 
-// y = round(x + x D), or with transpose round(x + x D^T). oft_cuda.cu.
-void rotate(cudaStream_t queue, const RotateArgs& args, bool transpose);
+// y = round(x + x D), or with transpose round(x + x D^T), for arguments that differ in x, d and y
+// alone; up to kMaxGroup of them. D is read before the kernel waits for its predecessor, unless
+// rows are sorted by expert. oft_cuda.cu.
+void rotate(cudaStream_t queue, std::span<const RotateArgs> args, bool transpose);
 
 // grad[n][i][j] += sum_t x[t, n b + i] dxr[t, n b + j].
 void rotation_gradient(

@@ -265,7 +265,7 @@ void rotate_rows(
     a.block = static_cast<int32_t>(p.adapters[0].oft_d.shape[1]);
     a.accumulate = accumulate;
     a.rows = static_cast<int32_t>(x.rows());
-    rotate(queue_of(stream), a, transpose);
+    rotate(queue_of(stream), {&a, 1}, transpose);
 }
 
 // grad[e][n][i * stride_a + j * stride_b] += scale sum over the expert's rows t, ascending, of

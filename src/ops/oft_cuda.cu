@@ -87,23 +87,34 @@ __device__ __forceinline__ bool take_expert(RotateArgs& a, int32_t& row0) {
     return true;
 }
 
+struct RotateGroup {
+    RotateArgs args[kMaxGroup];
+};
+
 template <int kBlock, bool kTranspose>
-__global__ void __launch_bounds__(kRotateThreads) rotate_kernel(RotateArgs a) {
+__global__ void __launch_bounds__(kRotateThreads)
+    rotate_kernel(const __grid_constant__ RotateGroup group) {
     release_successor();
-    wait_for_predecessor();
+    RotateArgs a = group.args[blockIdx.z];
     extern __shared__ __align__(1024) char shared[];
     using Shared = RotateShared<kBlock>;
     const int lane = threadIdx.x & 31;
     const int warp_row = static_cast<int>(threadIdx.x >> 5) * 16;
     const int32_t col0 = static_cast<int32_t>(blockIdx.x) * kWindow;
     int32_t row0 = static_cast<int32_t>(blockIdx.y) * kRotateRows;
-    if (!take_expert(a, row0)) {
-        return;
-    }
     const uint32_t x_tile = shared_address(shared);
     const uint32_t d_tile = x_tile + Shared::kBytesX;
+    if (a.offsets == nullptr) {
+        load_rotation<kBlock>(a, d_tile, col0);
+        wait_for_predecessor();
+    } else {
+        wait_for_predecessor();
+        if (!take_expert(a, row0)) {
+            return;
+        }
+        load_rotation<kBlock>(a, d_tile, col0);
+    }
     load_rotate_rows(a, x_tile, row0, col0);
-    load_rotation<kBlock>(a, d_tile, col0);
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
@@ -193,34 +204,45 @@ __global__ void __launch_bounds__(256) rotate_plain_kernel(RotateArgs a, bool tr
 }
 
 template <int kBlock, bool kTranspose>
-void launch_rotate(cudaStream_t queue, const RotateArgs& a) {
+void launch_rotate(cudaStream_t queue, std::span<const RotateArgs> args) {
     const auto kernel = rotate_kernel<kBlock, kTranspose>;
     allow_shared_memory(kernel, RotateShared<kBlock>::kBytes);
+    const RotateArgs& a = args[0];
+    const unsigned windows = grid_dim(ceil_div(a.width, kWindow));
+    const auto count = static_cast<unsigned>(args.size());
+    RotateGroup group;
+    std::copy(args.begin(), args.end(), group.args);
+    const auto launch = [&](int64_t tiles) {
+        launch_early(
+            kernel,
+            dim3(windows, grid_dim_yz(tiles), count),
+            kRotateThreads,
+            RotateShared<kBlock>::kBytes,
+            queue,
+            group
+        );
+    };
     if (a.offsets != nullptr) {
-        const int64_t tiles = ceil_div(a.rows, kRotateRows) + std::min(a.rows, a.experts);
-        const dim3 grid(grid_dim(ceil_div(a.width, kWindow)), grid_dim_yz(tiles));
-        launch_early(kernel, grid, kRotateThreads, RotateShared<kBlock>::kBytes, queue, a);
-        return;
+        return launch(ceil_div(a.rows, kRotateRows) + std::min(a.rows, a.experts));
     }
     constexpr int32_t kSlice = 32768 * kRotateRows;
     for (int32_t row = 0; row < a.rows; row += kSlice) {
-        RotateArgs part = a;
-        part.rows = std::min(kSlice, a.rows - row);
-        part.x += static_cast<int64_t>(row) * a.width;
-        part.y += static_cast<int64_t>(row) * a.width;
-        const dim3 grid(
-            grid_dim(ceil_div(a.width, kWindow)), grid_dim_yz(ceil_div(part.rows, kRotateRows))
-        );
-        launch_early(kernel, grid, kRotateThreads, RotateShared<kBlock>::kBytes, queue, part);
+        const int32_t rows = std::min(kSlice, a.rows - row);
+        for (unsigned i = 0; i < count; ++i) {
+            group.args[i].rows = rows;
+            group.args[i].x = args[i].x + static_cast<int64_t>(row) * a.width;
+            group.args[i].y = args[i].y + static_cast<int64_t>(row) * a.width;
+        }
+        launch(ceil_div(rows, kRotateRows));
     }
 }
 
 template <int kBlock>
-void launch_rotate(cudaStream_t queue, const RotateArgs& a, bool transpose) {
+void launch_rotate(cudaStream_t queue, std::span<const RotateArgs> args, bool transpose) {
     if (transpose) {
-        launch_rotate<kBlock, true>(queue, a);
+        launch_rotate<kBlock, true>(queue, args);
     } else {
-        launch_rotate<kBlock, false>(queue, a);
+        launch_rotate<kBlock, false>(queue, args);
     }
 }
 
@@ -333,22 +355,29 @@ void launch_rotation_gradient(
 
 }  // namespace
 
-void rotate(cudaStream_t queue, const RotateArgs& a, bool transpose) {
-    switch (a.block) {
+void rotate(cudaStream_t queue, std::span<const RotateArgs> args, bool transpose) {
+    CHECK(!args.empty() && args.size() <= size_t{kMaxGroup});
+    for (const RotateArgs& a : args) {
+        CHECK(a.rows == args[0].rows && a.width == args[0].width && a.block == args[0].block);
+        CHECK(args.size() == 1 || a.offsets == nullptr);
+    }
+    switch (args[0].block) {
         case 16:
-            return launch_rotate<16>(queue, a, transpose);
+            return launch_rotate<16>(queue, args, transpose);
         case 32:
-            return launch_rotate<32>(queue, a, transpose);
+            return launch_rotate<32>(queue, args, transpose);
         case 64:
-            return launch_rotate<64>(queue, a, transpose);
+            return launch_rotate<64>(queue, args, transpose);
         case 128:
-            return launch_rotate<128>(queue, a, transpose);
+            return launch_rotate<128>(queue, args, transpose);
         default:
             break;
     }
-    const int64_t count = static_cast<int64_t>(a.rows) * a.width;
-    rotate_plain_kernel<<<grid_dim(ceil_div(count, 256)), 256, 0, queue>>>(a, transpose);
-    LAUNCH_CHECK();
+    for (const RotateArgs& a : args) {
+        const int64_t count = static_cast<int64_t>(a.rows) * a.width;
+        rotate_plain_kernel<<<grid_dim(ceil_div(count, 256)), 256, 0, queue>>>(a, transpose);
+        LAUNCH_CHECK();
+    }
 }
 
 void rotation_gradient(
