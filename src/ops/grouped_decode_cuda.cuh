@@ -337,10 +337,10 @@ __device__ __forceinline__ void multiply_items(
             waits = false;
         }
         if (has_lora && product != of_product) {
-            lora.load_u(a, 0);
+            lora.load_u(a, 0, 0);
             of_product = product;
         }
-        store_decode(a, acc, lora, row0);
+        store_decode(a, acc, lora, row0, 0);
     }
 }
 

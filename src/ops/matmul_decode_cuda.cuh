@@ -1,7 +1,8 @@
-// Member D: up to 16 rows of x. A warp owns 16 rows of the weight (the M side of the instruction;
-// x, padded to tiles of eight rows, is the N side: exchanging the operands leaves every bit) and
-// one segment of the contraction. It streams the packed bytes through its own cp.async ring, deep
-// enough that the memory's latency is paid once.
+// Member D: up to 16 rows of x, or tiles of so many where the weight has few rows. A warp owns 16
+// rows of the weight (the M side of the instruction; x, padded to tiles of eight rows, is the N
+// side: exchanging the operands leaves every bit) and one segment of the contraction. It streams
+// the packed bytes through its own cp.async ring, deep enough that the memory's latency is paid
+// once.
 #pragma once
 
 #include "device/cuda/check.cuh"
@@ -10,7 +11,7 @@
 
 namespace orbit::cuda {
 
-constexpr int32_t kDecodeMaxRows = 16;  // of x
+constexpr int32_t kDecodeMaxRows = 16;  // of x, of a weight of many rows
 // Stages of a warp's ring: four warps have to fit the 99 KiB that GPUs other than Hopper's may
 // have.
 template <WeightFormat kFormat>
@@ -372,6 +373,7 @@ template <WeightFormat kFormat, int kStages, int kTiles>
 __device__ __forceinline__ void multiply_segment(
     const MatmulArgs& a,
     WeightStream<kFormat, kStages>& stream,
+    int32_t m0,
     int32_t k_begin,
     int32_t k_end,
     float (&acc)[kTiles][4]
@@ -382,7 +384,7 @@ __device__ __forceinline__ void multiply_segment(
     const bf16* x_row[kTiles];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-        x_row[t] = a.x + min((lane >> 2) + 8 * t, a.m - 1) * a.ldx + 2 * (lane & 3);
+        x_row[t] = a.x + min(m0 + (lane >> 2) + 8 * t, a.m - 1) * a.ldx + 2 * (lane & 3);
     }
     // x comes from L2, whose latency is that of a few steps of 64 columns.
     constexpr int kAhead = 4;
@@ -463,12 +465,12 @@ struct LoraOperands {
         b[3] = lora_b_pair<false>(a.epilogue, row + 8, a.n, at + 8);
     }
 
-    __device__ __forceinline__ void load_u(const MatmulArgs& a, int32_t k) {
+    __device__ __forceinline__ void load_u(const MatmulArgs& a, int32_t m0, int32_t k) {
         const int lane = threadIdx.x & 31;
         const Epilogue& e = a.epilogue;
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
-            const int64_t row = min((lane >> 2) + 8 * t, a.m - 1);
+            const int64_t row = min(m0 + (lane >> 2) + 8 * t, a.m - 1);
             const bf16* from = e.lora_u + row * e.ldu + k + 2 * (lane & 3);
             u[t][0] = *reinterpret_cast<const uint32_t*>(from);
             u[t][1] = *reinterpret_cast<const uint32_t*>(from + 8);
@@ -482,7 +484,8 @@ __device__ __forceinline__ void store_decode(
     const MatmulArgs& a,
     const float (&acc)[kTiles][4],
     const LoraOperands<kTiles>& first,
-    int32_t row0
+    int32_t row0,
+    int32_t m0
 ) {
     const int lane = threadIdx.x & 31;
     const Epilogue& e = a.epilogue;
@@ -498,14 +501,14 @@ __device__ __forceinline__ void store_decode(
                 break;
             }
             operands.load_b(a, row0, k);
-            operands.load_u(a, k);
+            operands.load_u(a, m0, k);
         }
     }
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-            const int32_t m = 8 * t + 2 * (lane & 3) + (c & 1);
+            const int32_t m = m0 + 8 * t + 2 * (lane & 3) + (c & 1);
             if (m < a.m) {
                 const int32_t n = row0 + (lane >> 2) + 8 * (c >> 1);
                 finish_one(e, add_lora(e, acc[t][c], lora[t][c]), m, n, a.n);
@@ -528,6 +531,7 @@ __global__ void __launch_bounds__(128)
     const int32_t segments = (a.k + a.segment - 1) / a.segment;
     const int32_t segment = warp % segments;
     const int32_t row0 = (block * (num_warps / segments) + warp / segments) * kDecodeRows;
+    const int32_t m0 = static_cast<int32_t>(blockIdx.y) * 8 * kTiles;
     const int32_t k_begin = segment * a.segment;
     const int32_t k_end = min(a.k, k_begin + a.segment);
     float acc[kTiles][4] = {};
@@ -557,13 +561,13 @@ __global__ void __launch_bounds__(128)
         if (has_lora) {
             lora.load_b(a, row0, 0);
         }
-        multiply_segment(a, stream, k_begin, k_end, acc);
+        multiply_segment(a, stream, m0, k_begin, k_end, acc);
     }
     if (a.x_is_ready || row0 >= a.epilogue.columns) {
         wait();
     }
     if (has_lora) {
-        lora.load_u(a, 0);
+        lora.load_u(a, m0, 0);
     }
     if (segments > 1) {
         auto* partial = reinterpret_cast<float*>(shared + num_warps * kRingBytes<kFormat, kStages>);
@@ -588,23 +592,32 @@ __global__ void __launch_bounds__(128)
         }
     }
     if (row0 < a.epilogue.columns) {
-        store_decode(a, acc, lora, row0);
+        store_decode(a, acc, lora, row0, m0);
     }
 }
 
+struct DecodeGrid {
+    int64_t blocks = 0;     // of the weights
+    int64_t row_tiles = 1;  // of x: of eight rows with one_tile, else of 16
+    bool one_tile = true;
+    int num_warps = 4;
+};
+
 template <WeightFormat kFormat, int kStages>
-void launch_decode_blocks(
-    cudaStream_t queue, const MatmulGroup& group, int64_t blocks, int num_warps
-) {
-    const bool one_tile = group.args[0].m <= 8;
-    const auto kernel = one_tile ? matmul_decode_kernel<kFormat, 1, kStages>
-                                 : matmul_decode_kernel<kFormat, 2, kStages>;
-    const size_t partial_bytes = (one_tile ? 4 : 8) * 32 * sizeof(float);
+void launch_decode_blocks(cudaStream_t queue, const MatmulGroup& group, const DecodeGrid& grid) {
+    const auto kernel = grid.one_tile ? matmul_decode_kernel<kFormat, 1, kStages>
+                                      : matmul_decode_kernel<kFormat, 2, kStages>;
+    const size_t partial_bytes = (grid.one_tile ? 4 : 8) * 32 * sizeof(float);
     const size_t shared =
-        static_cast<size_t>(num_warps) * (kRingBytes<kFormat, kStages> + partial_bytes);
+        static_cast<size_t>(grid.num_warps) * (kRingBytes<kFormat, kStages> + partial_bytes);
     allow_shared_memory(kernel, shared);
     launch_early(
-        kernel, dim3(grid_dim(blocks)), static_cast<unsigned>(num_warps) * 32, shared, queue, group
+        kernel,
+        dim3(grid_dim(grid.blocks), grid_dim_yz(grid.row_tiles)),
+        static_cast<unsigned>(grid.num_warps) * 32,
+        shared,
+        queue,
+        group
     );
 }
 
@@ -612,6 +625,7 @@ template <WeightFormat kFormat>
 void launch_decode(cudaStream_t queue, MatmulGroup& group) {
     // Two warps a block spread few rows over more multiprocessors; four share more of x.
     const int64_t multiprocessors = device_limits().multiprocessors;
+    const int64_t m = group.args[0].m;
     int64_t all_warps = 0;
     int32_t most_segments = 1;
     for (int32_t i = 0; i < group.count; ++i) {
@@ -621,24 +635,27 @@ void launch_decode(cudaStream_t queue, MatmulGroup& group) {
         most_segments = std::max(most_segments, segments);
         all_warps += ceil_div(a.epilogue.columns, kDecodeRows) * segments;
     }
-    const int num_warps = all_warps < 4 * multiprocessors && most_segments <= 2 ? 2 : 4;
-    int64_t blocks = 0;
+    DecodeGrid grid;
+    grid.num_warps = all_warps < 4 * multiprocessors && most_segments <= 2 ? 2 : 4;
     for (int32_t i = 0; i < group.count; ++i) {
         const MatmulArgs& a = group.args[i];
-        group.first_block[i] = static_cast<int32_t>(blocks);
-        blocks += ceil_div(
-            ceil_div(a.epilogue.columns, kDecodeRows), num_warps / num_segments(a.k, a.segment)
+        group.first_block[i] = static_cast<int32_t>(grid.blocks);
+        grid.blocks += ceil_div(
+            ceil_div(a.epilogue.columns, kDecodeRows), grid.num_warps / num_segments(a.k, a.segment)
         );
     }
-    group.first_block[group.count] = static_cast<int32_t>(blocks);
+    group.first_block[group.count] = static_cast<int32_t>(grid.blocks);
+    grid.one_tile =
+        m <= 8 || (m > kDecodeMaxRows && grid.blocks * ceil_div(m, 8) <= multiprocessors);
+    grid.row_tiles = ceil_div(m, grid.one_tile ? 8 : 16);
     // A block that is alone on its multiprocessor (LoRA's narrow side) hides the memory's latency
     // by a deeper ring alone.
     if constexpr (kFormat == WeightFormat::kBF16) {
-        if (blocks <= multiprocessors && has_wgmma()) {
-            return launch_decode_blocks<kFormat, kDeepStages>(queue, group, blocks, num_warps);
+        if (grid.blocks * grid.row_tiles <= multiprocessors && has_wgmma()) {
+            return launch_decode_blocks<kFormat, kDeepStages>(queue, group, grid);
         }
     }
-    launch_decode_blocks<kFormat, kDecodeStages<kFormat>>(queue, group, blocks, num_warps);
+    launch_decode_blocks<kFormat, kDecodeStages<kFormat>>(queue, group, grid);
 }
 
 }  // namespace orbit::cuda

@@ -133,6 +133,22 @@ void launch_small_tile(cudaStream_t queue, MatmulGroup& group) {
     }
 }
 
+// Weights of few rows, whose product is quickest over many small blocks: routers, and LoRA's narrow
+// side unless a wide product runs beside it and needs the multiprocessors.
+inline bool fits_row_tiles(const MatmulGroup& group) {
+    const int32_t rows = group.args[0].m;
+    const int32_t columns = widest(group);
+    return columns <= TinyTile::kN ? rows > kNarrowMaxRows && rows <= 512
+                                   : columns <= 128 && rows <= kNarrowMaxRows;
+}
+
+// 9 to 16 rows of a weight of many rows: the matrix unit of Hopper is quicker.
+template <WeightFormat kFormat>
+bool launch_narrow_16(cudaStream_t queue, MatmulGroup& group) {
+    return group.args[0].m > 8 && widest(group) > 128 && has_wgmma() &&
+           launch_narrow<kFormat, 32>(queue, group);
+}
+
 template <WeightFormat kFormat, bool kBackward, bool kSegmented>
 void launch_best_tile(cudaStream_t queue, MatmulGroup& group) {
     constexpr int64_t kEnoughBlocks = 100;  // of about 132 multiprocessors
@@ -159,6 +175,9 @@ void launch_best_tile(cudaStream_t queue, MatmulGroup& group) {
         }
     }
     if constexpr (!kBackward) {
+        if (fits_row_tiles(group)) {
+            return launch_decode<kFormat>(queue, group);
+        }
         if (!narrow && group.args[0].m <= kNarrowMaxRows && has_wgmma()) {
             const bool launched = group.args[0].m <= 32 ? launch_narrow<kFormat, 32>(queue, group)
                                                         : launch_narrow<kFormat, 64>(queue, group);
@@ -200,7 +219,9 @@ void matmul_format(cudaStream_t queue, Direction direction, MatmulGroup& group) 
             }
         }
     } else if (forward && group.args[0].m <= kDecodeMaxRows) {
-        launch_decode<kFormat>(queue, group);
+        if (!launch_narrow_16<kFormat>(queue, group)) {
+            launch_decode<kFormat>(queue, group);
+        }
     } else if (forward && segmented) {
         launch_best_tile<kFormat, false, true>(queue, group);
     } else if (forward) {

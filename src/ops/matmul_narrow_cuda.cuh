@@ -394,7 +394,8 @@ bool launch_narrow(cudaStream_t queue, MatmulGroup& group) {
     NarrowCut cut;
     cut.cluster = alike ? most : 1;
     cut.segments = most / cut.cluster;
-    // A wave costs its warp groups' multiplications, and about one more for reading x.
+    // The warp groups that a multiprocessor runs, and about two more for what a wave begins and
+    // ends with.
     int best = 0;
     int64_t least_cost = 0;
     for (cut.groups = cut.segments; cut.groups <= kNarrowMaxGroups; cut.groups += cut.segments) {
@@ -404,9 +405,8 @@ bool launch_narrow(cudaStream_t queue, MatmulGroup& group) {
         }
         const int64_t blocks = number_narrow_blocks(group, cut);
         const int64_t at_once = clusters_at_once<kFormat, kTokens>(cut, bytes);
-        const int64_t waves =
-            std::max(ceil_div(blocks, multiprocessors), ceil_div(blocks / cut.cluster, at_once));
-        const int64_t cost = waves * (cut.groups + 1);
+        const int64_t waves = ceil_div(blocks / cut.cluster, at_once);
+        const int64_t cost = 2 * waves + ceil_div(blocks, multiprocessors) * cut.groups;
         if (best == 0 || cost < least_cost) {
             least_cost = cost;
             best = cut.groups;

@@ -460,6 +460,10 @@ void add_gpu_cases(CaseList& cases) {
     for (const WeightFormat format : kPackedFormats) {
         add_all(format);
     }
+    const DType bf16_type = DType::kBF16;
+    add_f32_out({WeightFormat::kBF16, 64, 2080, 128});  // a router's
+    add_linear({WeightFormat::kInt4, 14, 4320, 304, bf16_type, AdapterKind::kLora, 16});  // 9 to 16
+    add_linear({WeightFormat::kBF16, 500, 4320, 304, bf16_type, AdapterKind::kLora, 20});
 }
 
 void add_perf_cases(CaseList& cases) {
