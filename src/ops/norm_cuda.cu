@@ -17,32 +17,73 @@ __device__ __forceinline__ float inverse_rms(float sum_of_squares, float width, 
     return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, eps)));
 }
 
+constexpr int kKept = 4;  // groups of a thread that stay in registers between the two passes
+
+__device__ __forceinline__ Eight load_norm_weight(const float* weight, int64_t i, int64_t width) {
+    Eight w;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        w.v[j] = 8 * i + j < width ? weight[8 * i + j] : 0.0f;
+    }
+    return w;
+}
+
 __global__ void __launch_bounds__(kThreads)
     rms_norm_kernel(const bf16* x, const float* weight, float eps, int64_t width, bf16* y) {
     __shared__ float shared[kWarps];
     release_successor();
-    wait_for_predecessor();
     const bool aligned = width % 8 == 0;
     const bf16* row = x + blockIdx.x * width;
     const int64_t groups = (width + 7) / 8;
+    const int64_t first = threadIdx.x;
+    Eight w[kKept];  // the weights are constant: their loads need not wait
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) {
+        if (first + k * kThreads < groups) {
+            w[k] = load_norm_weight(weight, first + k * kThreads, width);
+        }
+    }
+    wait_for_predecessor();
     float sum = 0.0f;
-    for (int64_t i = threadIdx.x; i < groups; i += kThreads) {
-        const Eight e = load_eight(row, i, width, aligned);
+    const auto add_squares = [&](const Eight& e) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             sum = __fmaf_rn(e.v[j], e.v[j], sum);
         }
+    };
+    Eight kept[kKept];
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) {
+        if (first + k * kThreads < groups) {
+            kept[k] = load_eight(row, first + k * kThreads, width, aligned);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) {
+        if (first + k * kThreads < groups) {
+            add_squares(kept[k]);
+        }
+    }
+    for (int64_t i = first + kKept * kThreads; i < groups; i += kThreads) {
+        add_squares(load_eight(row, i, width, aligned));
     }
     sum = block_sum<kWarps>(sum, shared);
     const float scale = inverse_rms(sum, static_cast<float>(width), eps);
-    for (int64_t i = threadIdx.x; i < groups; i += kThreads) {
-        Eight e = load_eight(row, i, width, aligned);
+    const auto store = [&](Eight e, const Eight& of, int64_t i) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            const float w = 8 * i + j < width ? weight[8 * i + j] : 0.0f;
-            e.v[j] = __fmul_rn(__fmul_rn(e.v[j], scale), w);
+            e.v[j] = __fmul_rn(__fmul_rn(e.v[j], scale), of.v[j]);
         }
         store_eight(y + blockIdx.x * width, i, width, aligned, e);
+    };
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) {
+        if (first + k * kThreads < groups) {
+            store(kept[k], w[k], first + k * kThreads);
+        }
+    }
+    for (int64_t i = first + kKept * kThreads; i < groups; i += kThreads) {
+        store(load_eight(row, i, width, aligned), load_norm_weight(weight, i, width), i);
     }
 }
 

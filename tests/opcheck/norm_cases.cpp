@@ -63,6 +63,8 @@ void add_norm_cases(CaseList& cases) {
         }
     }
     add_case(cases, 2000, 256, DType::kBF16);
+    add_case(cases, 5, 1500, DType::kBF16);
+    add_case(cases, 5, 5130, DType::kBF16);  // more than a thread keeps in registers on a GPU
 }
 
 }  // namespace orbit::opcheck
