@@ -341,6 +341,80 @@ TEST_F(MoeModelTest, PackedLayoutsKeepTheirValues) {
     }
 }
 
+// The experts of a layer in gpt-oss's two tensors, gate and up rows by turns.
+void fuse_as_gpt_oss(
+    std::map<std::string, RawTensor>& tensors,
+    const std::string& experts,
+    const std::vector<std::string>& projections,
+    const std::string& fused
+) {
+    const auto part = [&](int64_t e, const std::string& projection, const char* suffix) {
+        return tensors.extract(fmt::format("{}{}.{}{}", experts, e, projection, suffix)).mapped();
+    };
+    for (const auto& [from, to] :
+         {std::pair{".weight_packed", "_blocks"}, {".weight_scale", "_scales"}}) {
+        RawTensor all{"U8", {}, ""};
+        for (int64_t e = 0; e < kExperts; ++e) {
+            std::vector<RawTensor> parts;
+            for (const std::string& projection : projections) {
+                parts.push_back(part(e, projection, from));
+            }
+            const int64_t rows = parts[0].shape[0];
+            const auto bytes = static_cast<size_t>(parts[0].shape[1]);
+            for (size_t row = 0; row < static_cast<size_t>(rows); ++row) {
+                for (const RawTensor& one : parts) {
+                    all.bytes += one.bytes.substr(row * bytes, bytes);
+                }
+            }
+            all.shape = {kExperts, rows * static_cast<int64_t>(parts.size()), parts[0].shape[1]};
+        }
+        if (std::string(to) == "_blocks") {
+            all.shape.back() /= 16;
+            all.shape.push_back(16);
+        }
+        tensors[experts + fused + to] = all;
+    }
+}
+
+TEST_F(MoeModelTest, GptOssLayoutKeepsItsValues) {
+    const TinyModel tiny = tiny_moe();
+    PackedTensors packed = pack_experts(tiny, Layout::kMxFp4);
+    for (const char* experts : {"model.layers.0.mlp.experts.", "model.layers.1.mlp.experts."}) {
+        if (packed.tensors.contains(std::string(experts) + "0.up_proj.weight_packed")) {
+            fuse_as_gpt_oss(packed.tensors, experts, {"gate_proj", "up_proj"}, "gate_up_proj");
+            fuse_as_gpt_oss(packed.tensors, experts, {"down_proj"}, "down_proj");
+        }
+    }
+    const auto model = load(tiny, packed.tensors);
+    const MoeWeights& moe = *model->layers[1].moe;
+    EXPECT_EQ(moe.up.w[0].format, WeightFormat::kMxFp4);
+    for (int64_t e = 0; e < kExperts; ++e) {
+        const auto at = static_cast<size_t>(e);
+        expect_values(moe.gate.w[at], packed.values.at(expert_name(1, e, "gate_proj")), "gate");
+        expect_values(moe.up.w[at], packed.values.at(expert_name(1, e, "up_proj")), "up");
+        expect_values(moe.down.w[at], packed.values.at(expert_name(1, e, "down_proj")), "down");
+    }
+    const std::string gate_up = "model.layers.1.mlp.experts.gate_up_proj";
+    const auto refused = [&](const auto& change) {
+        auto tensors = packed.tensors;
+        change(tensors);
+        const std::string sentence = refusal([&] { load(tiny, tensors); });
+        EXPECT_NE(sentence.find(gate_up), std::string::npos) << sentence;
+        return sentence;
+    };
+    using Tensors = std::map<std::string, RawTensor>;
+    const auto has = [](const std::string& sentence, const char* part) {
+        EXPECT_NE(sentence.find(part), std::string::npos) << sentence;
+    };
+    has(refused([&](Tensors& t) { t.erase(gate_up + "_scales"); }), "beside it");
+    has(refused([&](Tensors& t) { t[gate_up + "_scales"].bytes[3] = '\xff'; }), "NaN");
+    has(refused([&](Tensors& t) {
+            RawTensor& blocks = t[gate_up + "_blocks"];
+            blocks.shape = {blocks.shape[0], blocks.shape[1], blocks.shape[2] * 16};
+        }),
+        "do not make");
+}
+
 // moe.dequant_bytes and moe.dequant_rows change no bit, and the memory is the option.
 TEST_F(MoeModelTest, DequantBytesAreTheTemporaryMemory) {
     const TinyModel tiny = tiny_moe();

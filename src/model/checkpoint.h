@@ -32,10 +32,13 @@ struct StoredWeight {
     // Heads whose rows are stored in the interleaved rope order (q and k of llama GGUF files); 0:
     // rows are as Hugging Face has them.
     int64_t interleaved_heads = 0;
+    // Row r of the matrix is row first_row + r row_step of `data` and `scales` (kMxFp4).
+    int64_t first_row = 0;
+    int64_t row_step = 1;
 
     int64_t numel() const;
 
-    size_t bytes() const { return data.size() + scales.size(); }
+    size_t bytes() const { return (data.size() + scales.size()) / static_cast<size_t>(row_step); }
 };
 
 struct Checkpoint {

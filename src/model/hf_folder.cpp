@@ -79,8 +79,7 @@ void read_weights(const std::string& folder, Checkpoint& checkpoint) {
     std::set<std::string> consumed;
     for (const auto& [name, tensor] : tensors) {
         if (auto weight = read_packed_weight(tensors, *tensor, consumed)) {
-            const std::string stored_as = name.substr(0, name.rfind('.')) + ".weight";
-            checkpoint.weights.emplace(stored_as, std::move(*weight));
+            checkpoint.weights.emplace(packed_weight_name(name), std::move(*weight));
         }
     }
     for (const auto& [name, tensor] : tensors) {

@@ -10,6 +10,7 @@ namespace {
 
 constexpr std::string_view kWeight = ".weight";
 constexpr std::string_view kPacked = ".weight_packed";
+constexpr std::string_view kBlocks = "_blocks";
 
 // The tensors of one packed matrix.
 class Parts {
@@ -157,6 +158,23 @@ StoredWeight mxfp4_weight(Parts parts, const char* scale_name) {
     return fp4_weight(parts, WeightFormat::kMxFp4, scale, kWhat);
 }
 
+// gpt-oss: the experts of a layer, 16 bytes for 32 columns.
+StoredWeight fused_mxfp4_weight(Parts parts) {
+    const StoredTensor& scale = parts.take("_scales");
+    StoredWeight weight = packed(parts, WeightFormat::kMxFp4, scale);
+    const auto& shape = parts.data().shape;
+    check_fits(
+        parts.data().dtype == "U8" && scale.dtype == "U8" && shape.size() == 4 &&
+            shape[3] == kMxFp4Group / 2 && parts.data().numel() > 0 &&
+            scale.shape == std::vector<int64_t>{shape[0], shape[1], shape[2]},
+        parts,
+        scale,
+        "MXFP4 experts of [experts, rows, blocks, 16] with a U8 scale a block"
+    );
+    weight.shape = {shape[0], shape[1], shape[2] * kMxFp4Group};
+    return weight;
+}
+
 StoredWeight nvfp4_weight(Parts parts, const char* global_name, bool divides) {
     const StoredTensor& scale = parts.take(".weight_scale");
     constexpr const char* kWhat = "an NVFP4 matrix with an E4M3 scale for 16 columns";
@@ -220,15 +238,22 @@ void split_experts(
     );
     const int64_t rows = fused.shape[1] / parts;
     const int64_t cols = fused.shape[2];
-    const auto bytes = static_cast<size_t>(rows * row_bytes(fused.format, cols));
-    size_t at = 0;
+    // Plain projections lie one behind the other, packed ones (gpt-oss) alternate row by row.
+    const int64_t step = fused.format == WeightFormat::kMxFp4 ? parts : 1;
+    const auto pieces = static_cast<size_t>(fused.shape[0] * parts / step);
+    const size_t bytes = fused.data.size() / pieces;
+    const size_t scale_bytes = fused.scales.size() / pieces;
     for (int64_t e = 0; e < fused.shape[0]; ++e) {
-        for (const char* projection : projections) {
+        for (int64_t part = 0; part < parts; ++part) {
+            const auto piece = static_cast<size_t>((e * parts + part) / step);
             StoredWeight one = fused;
             one.shape = {rows, cols};
-            one.data = fused.data.subspan(at, bytes);
-            at += bytes;
-            const std::string name = fmt::format("{}{}.{}.weight", prefix, e, projection);
+            one.data = fused.data.subspan(piece * bytes, bytes);
+            one.scales = fused.scales.subspan(piece * scale_bytes, scale_bytes);
+            one.first_row = step > 1 ? part : 0;
+            one.row_step = step;
+            const std::string name =
+                fmt::format("{}{}.{}.weight", prefix, e, projections[static_cast<size_t>(part)]);
             const bool added = checkpoint.weights.emplace(name, std::move(one)).second;
             USER_CHECK(added, "{}: \"{}\" is there twice, fused and alone.", fused.file, name);
         }
@@ -269,6 +294,9 @@ std::optional<StoredWeight> read_packed_weight(
         }
         return mxfp4_weight(parts, ".weight_scale");
     }
+    if (tensor.name.ends_with(kBlocks)) {
+        return fused_mxfp4_weight(Parts(tensors, tensor, kBlocks.size(), consumed));
+    }
     if (!tensor.name.ends_with(kWeight)) {
         return std::nullopt;
     }
@@ -286,23 +314,30 @@ std::optional<StoredWeight> read_packed_weight(
     return std::nullopt;
 }
 
+std::string packed_weight_name(const std::string& tensor) {
+    if (tensor.ends_with(kBlocks)) {
+        return tensor.substr(0, tensor.size() - kBlocks.size());
+    }
+    return tensor.substr(0, tensor.rfind('.')) + ".weight";
+}
+
 bool is_left_over(const std::string& name) {
     return name.ends_with("rotary_emb.inv_freq") || name.ends_with(".input_scale") ||
            name.ends_with(".input_global_scale");
 }
 
 void split_fused_experts(Checkpoint& checkpoint) {
-    std::vector<StoredWeight> fused;
+    std::vector<std::pair<std::string, StoredWeight>> fused;
     for (auto it = checkpoint.weights.begin(); it != checkpoint.weights.end();) {
         const bool is_fused = it->first.ends_with(".experts.gate_up_proj") ||
                               it->first.ends_with(".experts.down_proj");
         if (is_fused) {
-            fused.push_back(std::move(it->second));
+            fused.emplace_back(it->first, std::move(it->second));
         }
         it = is_fused ? checkpoint.weights.erase(it) : std::next(it);
     }
-    for (const StoredWeight& weight : fused) {
-        if (weight.name.ends_with("down_proj")) {
+    for (const auto& [name, weight] : fused) {
+        if (name.ends_with("down_proj")) {
             split_experts(checkpoint, weight, {"down_proj"});
         } else {
             split_experts(checkpoint, weight, {"gate_proj", "up_proj"});

@@ -88,6 +88,28 @@ void restore_row_order(StagedWeight& staged, int64_t heads) {
     w.data = staged.data.data();
 }
 
+// Rows that alternate with those of another matrix, and behind them their scales.
+void gather_rows(const StoredWeight& weight, StagedWeight& staged) {
+    QuantizedMatrix& w = staged.matrix;
+    CHECK(w.format == WeightFormat::kMxFp4);
+    const auto rows = static_cast<size_t>(w.rows);
+    const auto bytes = static_cast<size_t>(row_bytes(w.format, w.cols));
+    const size_t scale_bytes = static_cast<size_t>(w.scale_bytes()) / rows;
+    staged.data.resize(rows * (bytes + scale_bytes));
+    std::byte* to = staged.data.data();
+    std::byte* to_scales = to + rows * bytes;
+    for (size_t row = 0; row < rows; ++row) {
+        const auto from =
+            static_cast<size_t>(weight.first_row) + row * static_cast<size_t>(weight.row_step);
+        std::memcpy(to + row * bytes, weight.data.data() + from * bytes, bytes);
+        std::memcpy(
+            to_scales + row * scale_bytes, weight.scales.data() + from * scale_bytes, scale_bytes
+        );
+    }
+    w.data = to;
+    w.block_scales = to_scales;
+}
+
 void widen_to_f32(ThreadPool& threads, StagedWeight& staged) {
     QuantizedMatrix& w = staged.matrix;
     std::vector<std::byte> wide(static_cast<size_t>(w.rows * w.cols) * sizeof(float));
@@ -241,9 +263,10 @@ QuantizedMatrix stored_matrix(const StoredWeight& weight) {
         w.block_scales = weight.scales.data();
         w.global_scale = weight.global_scale;
         w.global_divides = weight.global_divides;
-        CHECK_EQ(weight.scales.size(), static_cast<size_t>(w.scale_bytes()));
+        CHECK_EQ(weight.scales.size(), static_cast<size_t>(w.scale_bytes() * weight.row_step));
     }
-    CHECK_EQ(weight.data.size(), static_cast<size_t>(w.rows * row_bytes(w.format, w.cols)));
+    const int64_t rows = w.rows * weight.row_step;
+    CHECK_EQ(weight.data.size(), static_cast<size_t>(rows * row_bytes(w.format, w.cols)));
     return w;
 }
 
@@ -289,6 +312,9 @@ StagedWeight stage_matrix(
     check_finite(threads, weight);
     StagedWeight staged;
     staged.matrix = stored_matrix(weight);
+    if (weight.row_step > 1) {
+        gather_rows(weight, staged);
+    }
     if (weight.interleaved_heads > 0) {
         restore_row_order(staged, weight.interleaved_heads);
     }
