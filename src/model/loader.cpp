@@ -140,8 +140,10 @@ class WeightLoader {
     const StoredWeight& take(const std::string& name) {
         const StoredWeight& weight = checkpoint_.weights.at(name);
         digest_ = hash64(name.data(), name.size(), digest_);
-        digest_ = hash64(weight.data.data(), weight.data.size(), digest_);
-        digest_ = hash64(weight.scales.data(), weight.scales.size(), digest_);
+        if (weight.first_row == 0) {  // else the bytes were counted with the rows between
+            digest_ = hash64(weight.data.data(), weight.data.size(), digest_);
+            digest_ = hash64(weight.scales.data(), weight.scales.size(), digest_);
+        }
         loaded_bytes_ += static_cast<int64_t>(weight.bytes());
         if (progress_) {
             progress_->set(loaded_bytes_ >> 20);

@@ -250,7 +250,7 @@ void split_experts(
             one.shape = {rows, cols};
             one.data = fused.data.subspan(piece * bytes, bytes);
             one.scales = fused.scales.subspan(piece * scale_bytes, scale_bytes);
-            one.first_row = step > 1 ? part : 0;
+            one.first_row = part % step;
             one.row_step = step;
             const std::string name =
                 fmt::format("{}{}.{}.weight", prefix, e, projections[static_cast<size_t>(part)]);

@@ -64,34 +64,24 @@ bool holds_non_finite(WeightFormat format, const std::byte* from, int64_t count)
     return false;
 }
 
-// GGUF llama files hold the rows of a head as (0, d/2, 1, d/2 + 1, ...): back to the order of
-// Hugging Face. Rows are whole, so no value changes.
-void restore_row_order(StagedWeight& staged, int64_t heads) {
-    QuantizedMatrix& w = staged.matrix;
-    CHECK(w.scale_bytes() == 0, "(GGUF files hold no such rows)");
-    const auto bytes = static_cast<size_t>(row_bytes(w.format, w.cols));
-    const int64_t head_rows = w.rows / heads;
-    std::vector<std::byte> ordered(static_cast<size_t>(w.rows) * bytes);
-    const auto* from = static_cast<const std::byte*>(w.data);
-    for (int64_t row = 0; row < w.rows; ++row) {
-        const int64_t head = row / head_rows;
-        const int64_t channel = row % head_rows;
-        const int64_t half = channel / (head_rows / 2);
-        const int64_t source = head * head_rows + 2 * (channel % (head_rows / 2)) + half;
-        std::memcpy(
-            ordered.data() + static_cast<size_t>(row) * bytes,
-            from + static_cast<size_t>(source) * bytes,
-            bytes
-        );
+// Which row of the file is row `row` of the matrix. GGUF llama files hold the rows of a head as
+// (0, d/2, 1, d/2 + 1, ...).
+int64_t stored_row(const StoredWeight& weight, int64_t row) {
+    if (weight.interleaved_heads == 0) {
+        return weight.first_row + row * weight.row_step;
     }
-    staged.data = std::move(ordered);
-    w.data = staged.data.data();
+    const int64_t head_rows = weight.shape[0] / weight.interleaved_heads;
+    const int64_t head = row / head_rows;
+    const int64_t channel = row % head_rows;
+    const int64_t half = channel / (head_rows / 2);
+    return head * head_rows + 2 * (channel % (head_rows / 2)) + half;
 }
 
-// Rows that alternate with those of another matrix, and behind them their scales.
-void gather_rows(const StoredWeight& weight, StagedWeight& staged) {
+// Rows in the order of the matrix, and behind them their scales, if any. Rows are whole, so no
+// value changes.
+void restore_row_order(const StoredWeight& weight, StagedWeight& staged) {
     QuantizedMatrix& w = staged.matrix;
-    CHECK(w.format == WeightFormat::kMxFp4);
+    CHECK(w.format == WeightFormat::kMxFp4 || w.scale_bytes() == 0);
     const auto rows = static_cast<size_t>(w.rows);
     const auto bytes = static_cast<size_t>(row_bytes(w.format, w.cols));
     const size_t scale_bytes = static_cast<size_t>(w.scale_bytes()) / rows;
@@ -99,15 +89,15 @@ void gather_rows(const StoredWeight& weight, StagedWeight& staged) {
     std::byte* to = staged.data.data();
     std::byte* to_scales = to + rows * bytes;
     for (size_t row = 0; row < rows; ++row) {
-        const auto from =
-            static_cast<size_t>(weight.first_row) + row * static_cast<size_t>(weight.row_step);
+        const auto from = static_cast<size_t>(stored_row(weight, static_cast<int64_t>(row)));
         std::memcpy(to + row * bytes, weight.data.data() + from * bytes, bytes);
-        std::memcpy(
-            to_scales + row * scale_bytes, weight.scales.data() + from * scale_bytes, scale_bytes
-        );
+        if (scale_bytes > 0) {
+            const std::byte* scales = weight.scales.data() + from * scale_bytes;
+            std::memcpy(to_scales + row * scale_bytes, scales, scale_bytes);
+        }
     }
     w.data = to;
-    w.block_scales = to_scales;
+    w.block_scales = scale_bytes > 0 ? to_scales : nullptr;
 }
 
 void widen_to_f32(ThreadPool& threads, StagedWeight& staged) {
@@ -312,11 +302,8 @@ StagedWeight stage_matrix(
     check_finite(threads, weight);
     StagedWeight staged;
     staged.matrix = stored_matrix(weight);
-    if (weight.row_step > 1) {
-        gather_rows(weight, staged);
-    }
-    if (weight.interleaved_heads > 0) {
-        restore_row_order(staged, weight.interleaved_heads);
+    if (weight.row_step > 1 || weight.interleaved_heads > 0) {
+        restore_row_order(weight, staged);
     }
     const bool wide = weight.format == WeightFormat::kF16 || weight.format == WeightFormat::kF32;
     if (weight.format == WeightFormat::kInt4) {
