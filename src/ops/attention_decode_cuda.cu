@@ -1,6 +1,11 @@
 // Attention of single query rows: decode steps, and the rows of short chunks. One thread block
 // takes a row and a KV head; where that leaves most of the GPU idle, a cluster of eight does. Both
 // give the bits of the prefill kernels.
+//
+// Where every sequence has one row, the kernels before them in the queue have written its last key
+// and value and nothing else: the batch's numbers and all other keys and values are those of
+// earlier forwards, which something that kernels do not overtake (a copy, advance_decode) parts
+// from this one. What lies before the last tile is therefore loaded before the wait.
 #include "device/cuda/tma.cuh"
 #include "ops/attention_cuda.cuh"
 #include "ops/matmul_cuda.cuh"
@@ -176,10 +181,11 @@ struct BlockShared {
     static constexpr int kBytes = kParts + static_cast<int>(sizeof(TileParts));
 };
 
-// Warp w scores keys 32w.. of a tile and weighs channels w d/4.. of its values.
+// Warp w scores keys 32w.. of a tile and weighs channels w d/4.. of its values. `waits`: the kernel
+// has not waited for its predecessor yet.
 template <int kHeadDim>
 __device__ __forceinline__ void attend(
-    const AttentionArgs& a, char* shared, int32_t sequence, int32_t token
+    const AttentionArgs& a, char* shared, int32_t sequence, int32_t token, bool waits
 ) {
     using Shared = BlockShared<kHeadDim>;
     constexpr int kChannels = kHeadDim / kWarps;
@@ -207,8 +213,14 @@ __device__ __forceinline__ void attend(
         copy_async_commit();
     };
     int32_t pages = tile_pages(a, sequence, 0, d.last_key);
+    if (waits && d.tiles == 1) {
+        wait_for_predecessor();
+    }
     load_item(0, pages);
     load_item(1, pages);
+    if (waits && d.tiles > 1) {
+        wait_for_predecessor();
+    }
     pages = tile_pages(a, sequence, 1, d.last_key);
 
     uint32_t q[kHeadDim / 16][4];
@@ -260,12 +272,12 @@ template <int kHeadDim, bool kOnlyShort>
 __global__ void __launch_bounds__(kThreads) attention_decode_kernel(AttentionArgs a) {
     extern __shared__ __align__(1024) char shared[];
     release_successor();
-    wait_for_predecessor();
     int32_t token = static_cast<int32_t>(blockIdx.x);
     int32_t sequence = 0;
     if constexpr (kOnlyShort) {
         sequence = a.sequence_of[token];
     } else {
+        wait_for_predecessor();
         const SequenceSlot slot =
             locate(a.sequence_begin, a.num_sequences, token, [](int32_t length) {
                 return length <= kShortRows ? length : 0;
@@ -276,7 +288,7 @@ __global__ void __launch_bounds__(kThreads) attention_decode_kernel(AttentionArg
         sequence = slot.sequence;
         token = a.sequence_begin[sequence] + slot.offset;
     }
-    attend<kHeadDim>(a, shared, sequence, token);
+    attend<kHeadDim>(a, shared, sequence, token, kOnlyShort);
 }
 
 // ---- a cluster of blocks a row and KV head ------------------------------------------------------
@@ -424,7 +436,6 @@ __global__ void __launch_bounds__(kThreads) attention_spread_kernel(AttentionArg
     using Shared = SpreadShared<kHeadDim>;
     extern __shared__ __align__(1024) char shared[];
     release_successor();
-    wait_for_predecessor();
     const auto block = static_cast<int32_t>(block_in_cluster());
     const auto token = static_cast<int32_t>(blockIdx.x) / kSpread;
     const DecodeRow d = decode_row(a, a.sequence_of[token], token);
@@ -456,8 +467,15 @@ __global__ void __launch_bounds__(kThreads) attention_spread_kernel(AttentionArg
         }
         copy_async_commit();
     };
+    const bool first_round_is_old = d.tiles > kSpread;
+    if (!first_round_is_old) {
+        wait_for_predecessor();
+    }
     load_keys(0);
     load_values(0);
+    if (first_round_is_old) {
+        wait_for_predecessor();
+    }
     uint32_t q[kHeadDim / 16][4];
     load_heads<kHeadDim>(q, a, d);
     SoftmaxRow row[2];

@@ -318,19 +318,22 @@ template <int kRows, bool kAppends>
 __global__ void __launch_bounds__(kWarps * 32)
     norm_rope_wide_kernel(RopeArgs p, AppendArgs append) {
     release_successor();
-    wait_for_predecessor();
     const WarpRows w = warp_rows<kRows>(p);
     if (w.part == Part::kV) {
+        wait_for_predecessor();
         if constexpr (kAppends) {
             append_values<kRows>(p, append, w.first);
         }
         return;
     }
     const HeadRows rows = w.part == Part::kQ ? p.q : p.k;
-    LaneHead heads[kRows];
-    load_rows(heads, rows.x, w.first, rows.count);
     const bool norms = rows.norm_weight != nullptr;
     const LaneHead weight = norms ? LaneHead::load(rows.norm_weight) : LaneHead{};
+    // The batch's positions are there before the forward's first kernel.
+    const LaneAngles first_at(p, token_of(min(w.first, rows.count - 1), rows.heads));
+    wait_for_predecessor();
+    LaneHead heads[kRows];
+    load_rows(heads, rows.x, w.first, rows.count);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
         const int32_t row = w.first + r;
@@ -338,7 +341,7 @@ __global__ void __launch_bounds__(kWarps * 32)
             return;
         }
         const int32_t token = token_of(row, rows.heads);
-        const LaneAngles at(p, token);
+        const LaneAngles at = r == 0 ? first_at : LaneAngles(p, token);
         LaneHead h = heads[r];
         if (norms) {
             h = times(scaled(h, head_scale(p, dot_of(h, h))), weight);
