@@ -226,10 +226,10 @@ void oft_backward(
 
 }  // namespace
 
-// Segments: the longest contractions of narrow weights are cut in two or four, one warp each at
-// decode. Wide weights have rows enough. Multiples of 64; the last segment may be shorter.
+// Segments: long contractions of narrow weights are cut in four, one warp each at decode. Wide
+// weights have rows enough. Multiples of 64; the last segment may be shorter.
 int32_t forward_segment(int64_t n, int64_t k) {
-    const int64_t segments = n >= 8192 || k < 2048 ? 1 : (k < 3072 ? 2 : 4);
+    const int64_t segments = n >= 8192 || k < 2048 ? 1 : kSegments;
     return static_cast<int32_t>(ceil_div(ceil_div(k, segments), kTileK) * kTileK);
 }
 
@@ -336,8 +336,11 @@ void linear_group(Stream& stream, std::span<const LinearParams> params, std::spa
     bool done[kMaxGroup] = {};
     for (size_t i = 0; i < params.size(); ++i) {
         MatmulGroup alike;
+        const int32_t segments = num_segments(products[i].k, products[i].segment);
         for (size_t j = i; j < params.size(); ++j) {
-            if (!done[j] && params[j].w.format == params[i].w.format) {
+            const MatmulArgs& a = products[j];
+            if (!done[j] && params[j].w.format == params[i].w.format &&
+                num_segments(a.k, a.segment) == segments) {
                 done[j] = true;
                 products[j].x_is_ready = x_is_ready;
                 alike.args[alike.count++] = products[j];

@@ -11,7 +11,8 @@
 
 namespace orbit::cuda {
 
-constexpr int kTileK = 64;  // segments are multiples of this
+constexpr int kTileK = 64;    // segments are multiples of this
+constexpr int kSegments = 4;  // of a forward contraction that is cut
 
 // y = round(scale acc + lora_scale (u b^T) + bias + residual), in this order, in fp32.
 struct Epilogue {

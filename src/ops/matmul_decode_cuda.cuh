@@ -631,12 +631,12 @@ void launch_decode(cudaStream_t queue, MatmulGroup& group) {
     for (int32_t i = 0; i < group.count; ++i) {
         const MatmulArgs& a = group.args[i];
         const int32_t segments = num_segments(a.k, a.segment);
-        CHECK(segments == 1 || segments == 2 || segments == 4);
+        CHECK(segments == 1 || segments == kSegments);
         most_segments = std::max(most_segments, segments);
         all_warps += ceil_div(a.epilogue.columns, kDecodeRows) * segments;
     }
     DecodeGrid grid;
-    grid.num_warps = all_warps < 4 * multiprocessors && most_segments <= 2 ? 2 : 4;
+    grid.num_warps = all_warps < 4 * multiprocessors && most_segments == 1 ? 2 : 4;
     for (int32_t i = 0; i < group.count; ++i) {
         const MatmulArgs& a = group.args[i];
         group.first_block[i] = static_cast<int32_t>(grid.blocks);

@@ -1,7 +1,7 @@
-// Member N, Hopper only: 17 to 64 rows of x. The weight is the M side of wgmma, decoded into
+// Member N, Hopper only: 9 to 64 rows of x. The weight is the M side of wgmma, decoded into
 // registers by the warp that multiplies it; x is the N side, which tensor copies bring to shared
-// memory. A warp group owns 64 rows of the weight and one segment; the warp groups of a block that
-// share a segment share its x. Segments are spread over the blocks of a cluster and added in
+// memory. A warp group owns 64 rows of the weight and one segment, a block a segment, whose x its
+// warp groups share. The segments of a contraction are the blocks of a cluster; they are added in
 // ascending order at the end.
 #pragma once
 
@@ -31,25 +31,29 @@ struct NarrowGroup {
 
 template <WeightFormat kFormat, int kTokens>
 struct NarrowLayout {
-    // What a warp group gives: tokens x weight rows.
-    using Output = TileShape<kTokens, kNarrowRows, kTokens / 16, 64 / kTokens, 1>;
-    static_assert(Output::kThreads == 128);
     static constexpr int kXBytes = kTokens * kTileK * 2;  // of a step of 64 columns
     static constexpr int kXRing = kNarrowXStages * 2 * kXBytes;
     static constexpr int kWeightRing = kNarrowStages<kFormat> * DecodeLayout<kFormat>::kStageBytes;
-    static constexpr int kOutputFloats = Output::kOutputBytes / 4;
+    // A warp's sums go there, and at the end its share of them.
+    static_assert((kTokens / 8 + kTokens / 8 / kSegments) * 32 * sizeof(float4) <= kWeightRing);
 
-    // `segments`: of one block.
-    static int shared_bytes(int groups, int segments) {
-        const int rings = segments * kXRing + groups * 4 * kWeightRing;
-        const int outputs = (groups + groups / segments) * Output::kOutputBytes;  // LoRA's too
-        return std::max(rings, outputs);
+    static int shared_bytes(int groups) { return kXRing + groups * 4 * kWeightRing; }
+};
+
+// Where the pairs of steps go in turn: stage p % kNarrowXStages of x takes steps 2p and 2p + 1.
+struct NarrowXPlace {
+    uint32_t stage = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        const bool last = stage == kNarrowXStages - 1;
+        stage = last ? 0 : stage + 1;
+        parity ^= last ? 1 : 0;
     }
 };
 
-// The x of one segment, for all warp groups that multiply with it: stage p % kNarrowXStages holds
-// steps 2p and 2p + 1. A stage is full when its copies have landed, and empty when every warp has
-// multiplied with it.
+// The x of a block's segment, for all its warp groups. A stage is full when its copies have landed,
+// and empty when every warp has multiplied with it.
 template <int kXBytes>
 struct NarrowX {
     const CUtensorMap& map;
@@ -58,14 +62,6 @@ struct NarrowX {
     uint32_t empty;
     int32_t k_begin;
     int32_t steps;
-
-    static __device__ __forceinline__ uint32_t parity(int32_t pair) {
-        return static_cast<uint32_t>(pair / kNarrowXStages) & 1;
-    }
-
-    __device__ __forceinline__ uint32_t at(int32_t pair) const {
-        return ring + pair % kNarrowXStages * 2 * kXBytes;
-    }
 
     __device__ __forceinline__ void init(int warps) const {
         for (int s = 0; s < kNarrowXStages; ++s) {
@@ -80,29 +76,32 @@ struct NarrowX {
             return;
         }
         const int32_t stage = pair % kNarrowXStages;
+        const auto parity = static_cast<uint32_t>(pair / kNarrowXStages) & 1;
         const int32_t column = k_begin + 2 * pair * kTileK;
-        mbarrier_wait(empty + 8 * stage, parity(pair) ^ 1);
+        const uint32_t to = ring + stage * 2 * kXBytes;
+        mbarrier_wait(empty + 8 * stage, parity ^ 1);
         mbarrier_expect(full + 8 * stage, 2 * kXBytes);
-        copy_box(at(pair), map, 0, column, full + 8 * stage);
-        copy_box(at(pair) + kXBytes, map, 0, column + kTileK, full + 8 * stage);
+        copy_box(to, map, 0, column, full + 8 * stage);
+        copy_box(to + kXBytes, map, 0, column + kTileK, full + 8 * stage);
     }
 
-    __device__ __forceinline__ void wait(int32_t pair) const {
-        mbarrier_wait(full + 8 * (pair % kNarrowXStages), parity(pair));
+    __device__ __forceinline__ void wait(const NarrowXPlace& at) const {
+        mbarrier_wait(full + 8 * at.stage, at.parity);
     }
 
-    __device__ __forceinline__ bool is_there(int32_t pair) const {
-        return mbarrier_ended(full + 8 * (pair % kNarrowXStages), parity(pair));
+    __device__ __forceinline__ bool is_there(const NarrowXPlace& at) const {
+        return mbarrier_ended(full + 8 * at.stage, at.parity);
     }
 
     // One lane of a warp: it has multiplied with this stage.
-    __device__ __forceinline__ void leave(int32_t pair) const {
-        mbarrier_arrive(empty + 8 * (pair % kNarrowXStages));
+    __device__ __forceinline__ void leave(uint32_t stage) const {
+        mbarrier_arrive(empty + 8 * stage);
     }
 };
 
 // acc = W x^T for the warp's 16 rows of the weight and a segment of the contraction. The matrix
 // unit works on one step while the next step's weights are decoded. `leads`: this thread loads x.
+// Integer instructions are what limits it, so nothing is computed again that can be carried along.
 template <WeightFormat kFormat, int kTokens, bool kPaired>
 __device__ __forceinline__ void multiply_narrow(
     const MatmulArgs& a,
@@ -113,23 +112,23 @@ __device__ __forceinline__ void multiply_narrow(
 ) {
     constexpr int kXBytes = NarrowLayout<kFormat, kTokens>::kXBytes;
     constexpr int kStages = kNarrowStages<kFormat>;
-    constexpr int kChunk = DecodeLayout<kFormat>::kChunk;
-    constexpr int kChunkSteps = kChunk / kTileK;
+    constexpr int kChunkSteps = DecodeLayout<kFormat>::kChunk / kTileK;
+    const int32_t columns = stream.end - x.k_begin;
+    const int32_t ragged = columns % kTileK == 0 ? -1 : x.steps - 1;  // a step of fewer columns
+    ChunkRows<kFormat, kStages> rows(a, stream, stream.read, x.k_begin);
     // `sub`: the step's number inside its chunk.
     const auto decode = [&](int32_t step, int sub, uint32_t(&w)[4][4]) {
         if (sub == 0) {
             copy_async_wait<kStages - 2>();
             __syncwarp();  // Every lane's bytes are there, and every lane left the last chunk.
             stream.issue(a);
+            rows = {a, stream, stream.read, x.k_begin + step * kTileK};
         }
-        const int32_t k = x.k_begin + (step - sub) * kTileK;
-        const ChunkRows<kFormat, kStages> rows(a, stream, stream.read, k);
         rows.template fragments<kPaired>(a, sub * 2, w);
-        const int32_t left = stream.end - k - sub * kTileK;
-        if (left < kTileK) {  // past the segment's end scales may be anything
+        if (step == ragged) {  // past the segment's end scales may be anything
 #pragma unroll
             for (int i = 0; i < 16; ++i) {
-                w[i / 4][i % 4] = i / 4 * 16 < left ? w[i / 4][i % 4] : 0u;
+                w[i / 4][i % 4] = i / 4 * 16 < columns % kTileK ? w[i / 4][i % 4] : 0u;
             }
         }
         if (sub == kChunkSteps - 1) {
@@ -137,6 +136,9 @@ __device__ __forceinline__ void multiply_narrow(
         }
         pin_registers(w);
     };
+    const uint64_t first_columns = descriptor_along_k(x.ring);
+    NarrowXPlace at;
+    uint32_t left = 0;  // the stage before that
     uint32_t w[2][4][4] = {};
     decode(0, 0, w[0]);
     bool ready = false;
@@ -149,28 +151,32 @@ __device__ __forceinline__ void multiply_narrow(
             if (step >= x.steps) {
                 break;
             }
-            const int32_t pair = step / 2;
             if (i % 2 == 0 && !ready) {
-                x.wait(pair);
+                x.wait(at);
             }
+            const uint64_t columns_of_step =
+                further_along(first_columns, at.stage * (2 * kXBytes) + i % 2 * kXBytes);
             wgmma_begin();
 #pragma unroll
             for (int j = 0; j < kTileK / 16; ++j) {
-                const uint32_t columns = x.at(pair) + i % 2 * kXBytes + j * 32;
-                wgmma_registers<kTokens, false>(acc, w[i % 2][j], descriptor_along_k(columns));
+                wgmma_registers<kTokens, false>(
+                    acc, w[i % 2][j], further_along(columns_of_step, j * 32)
+                );
             }
             wgmma_commit();
             wgmma_wait<1>();
             pin_registers(w[(i + 1) % 2]);  // the step before has read them
             if (i % 2 == 0 && step > 0 && (threadIdx.x & 31) == 0) {
-                x.leave(pair - 1);
+                x.leave(left);
             }
             if (i % 2 == 1) {  // late enough for the other warps to have left that stage
                 if (leads) {
-                    x.load(pair + kNarrowXAhead);
+                    x.load(step / 2 + kNarrowXAhead);
                 }
                 __syncwarp();
-                ready = x.is_there(pair + 1);  // asked early: the answer takes a while
+                left = at.stage;
+                at.advance();
+                ready = x.is_there(at);  // asked early: the answer takes a while
             }
             if (step + 1 < x.steps) {
                 decode(step + 1, (i + 1) % kChunkSteps, w[(i + 1) % 2]);
@@ -183,98 +189,247 @@ __device__ __forceinline__ void multiply_narrow(
     pin_registers(acc);
 }
 
-// Of a block's warp groups: `segments` of the `all` segments from block_in_cluster() * segments on,
-// times the 64-row parts.
-struct NarrowPlace {
-    int32_t all;       // segments of the contraction
-    int32_t segments;  // of this block
-    int32_t parts;     // of 64 rows, of this block
-    int32_t segment;   // this warp group's, of the block's
-    int32_t part;      // this warp group's
-    int32_t block_row;
+// Eight by eight 16-bit values of a warp, lane 4 r + c with columns 2c and 2c + 1 of row r,
+// transposed.
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+    uint32_t out;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+    return out;
+}
 
-    __device__ __forceinline__ NarrowPlace(const MatmulArgs& a, int32_t block, int32_t cluster) {
-        const int32_t group = static_cast<int32_t>(threadIdx.x) / 128;
-        all = (a.k + a.segment - 1) / a.segment;
-        segments = all / cluster;
-        parts = static_cast<int32_t>(blockDim.x) / 128 / segments;
-        segment = group % segments;
-        part = group / segments;
-        block_row = block / cluster * parts * kNarrowRows;
+// The epilogue of kCount fragments of a warp: of 16 rows of the weight from row0 on, and eight
+// tokens each from m0 on. Lane (g, q) of a fragment has tokens 2q, 2q + 1 of row g, then of g + 8.
+template <int kCount>
+struct NarrowEnd {
+    const MatmulArgs& a;
+    const Epilogue& e;
+    int32_t row0;
+    int32_t m0;
+    bool in_pairs;  // neighbouring rows are stored in one
+    LoraOperands<kCount> lora = {};
+    uint32_t residual[kCount][2] = {};
+
+    __device__ __forceinline__ NarrowEnd(const MatmulArgs& args, int32_t row, int32_t token)
+        : a(args), e(args.epilogue), row0(row), m0(token) {
+        in_pairs = !e.f32_out && e.columns == a.n && a.n % kDecodeRows == 0 && e.ldy % 2 == 0;
+    }
+
+    // Where the lane's pair of fragment t and half h (rows 0 to 7 or 8 to 15) lies when transposed.
+    __device__ __forceinline__ int32_t token(int t) const {
+        return m0 + 8 * t + static_cast<int32_t>(threadIdx.x & 31) / 4;
+    }
+
+    __device__ __forceinline__ int64_t place(int t, int h) const {
+        return token(t) * e.ldy + row0 + 8 * h + 2 * static_cast<int32_t>(threadIdx.x & 3);
+    }
+
+    // What is there before LoRA's u; rows from e.columns on are none, and store() is not for them.
+    __device__ __forceinline__ void load_early() {
+        if (e.lora_u != nullptr) {
+            lora.load_b(a, row0, 0);
+        }
+        if (e.residual != nullptr && in_pairs && row0 < e.columns) {
+#pragma unroll
+            for (int i = 0; i < 2 * kCount; ++i) {
+                if (token(i / 2) < a.m) {
+                    const bf16* at = e.residual + place(i / 2, i % 2);
+                    residual[i / 2][i % 2] = *reinterpret_cast<const uint32_t*>(at);
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void load_u() {
+        if (e.lora_u != nullptr) {
+            lora.load_u(a, m0, 0);
+        }
+    }
+
+    // v = scale v + lora_scale (u b^T).
+    __device__ __forceinline__ void add_low_rank(float (&v)[kCount][4]) {
+        float low_rank[kCount][4] = {};
+        if (e.lora_u != nullptr) {
+            for (int32_t k = 16;; k += 16) {
+#pragma unroll
+                for (int t = 0; t < kCount; ++t) {
+                    mma_16816(low_rank[t], lora.b, lora.u[t][0], lora.u[t][1]);
+                }
+                if (k >= e.ldu) {
+                    break;
+                }
+                lora.load_b(a, row0, k);
+                lora.load_u(a, m0, k);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * kCount; ++i) {
+            v[i / 4][i % 4] = add_lora(e, v[i / 4][i % 4], low_rank[i / 4][i % 4]);
+        }
+    }
+
+    // `room`: of this warp, in shared memory, for kCount fragments.
+    __device__ __forceinline__ void store(float (&v)[kCount][4], float4* room) {
+        add_low_rank(v);
+        if (!in_pairs) {
+            return store_elements(v, room);
+        }
+        const int g = static_cast<int>(threadIdx.x & 31) / 4;
+        float bias[2] = {};
+        if (e.bias != nullptr) {
+            bias[0] = e.bias[row0 + g];
+            bias[1] = e.bias[row0 + g + 8];
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * kCount; ++i) {
+            const int t = i / 2;
+            const int h = i % 2;
+            float first = v[t][2 * h];
+            float second = v[t][2 * h + 1];
+            if (e.bias != nullptr) {
+                first = __fadd_rn(first, bias[h]);
+                second = __fadd_rn(second, bias[h]);
+            }
+            if (e.residual != nullptr) {
+                const uint32_t two = transposed(residual[t][h]);
+                first = __fadd_rn(first, low_bf16(two));
+                second = __fadd_rn(second, high_bf16(two));
+            }
+            const uint32_t two = transposed(pack_bf16(first, second));
+            if (token(t) < a.m) {
+                auto* y = static_cast<bf16*>(e.y) + place(t, h);
+                *reinterpret_cast<uint32_t*>(y) = two;
+            }
+        }
+    }
+
+    // One by one, in a loop of few instructions: those that do not run keep the others apart.
+    __device__ __forceinline__ void store_elements(const float (&v)[kCount][4], float4* room) {
+        const int lane = threadIdx.x & 31;
+#pragma unroll
+        for (int t = 0; t < kCount; ++t) {
+            room[32 * t + lane] = float4{v[t][0], v[t][1], v[t][2], v[t][3]};
+        }
+#pragma unroll 1
+        for (int i = 0; i < 4 * kCount; ++i) {
+            const int32_t m = m0 + 8 * (i / 4) + 2 * (lane & 3) + (i & 1);
+            if (m < a.m) {
+                const float value =
+                    reinterpret_cast<const float*>(room + 32 * (i / 4) + lane)[i % 4];
+                finish_one(e, value, m, row0 + (lane >> 2) + 8 * (i % 4 / 2), a.n);
+            }
+        }
     }
 };
 
-// y of the block's share of the tokens. Tiles of part p and the block's segment s lie at number
-// p segments + s of its shared memory.
-template <typename Output>
-__device__ __forceinline__ void store_narrow(
-    const MatmulArgs& a, const NarrowPlace& at, const float* tiles, const float* lora, int cluster
+// y of a warp's 16 rows, from the only segment.
+template <int kTokens>
+__device__ __forceinline__ void store_whole(
+    const MatmulArgs& a, int32_t row0, const float (&acc)[kTokens / 8][4], float4* room
 ) {
-    constexpr int kFloats = Output::kOutputBytes / 4;
-    const int rows = Output::kM / cluster;
-    const int first_row = static_cast<int>(block_in_cluster()) * rows;
-#pragma unroll 1
-    for (int p = 0; p < at.parts; ++p) {
-        const float* own = tiles + p * at.segments * kFloats;
-        store_output<Output>(
-            a,
-            [&](int s) {
-                return in_block_of_cluster(own, s / at.segments) + s % at.segments * kFloats;
-            },
-            at.all,
-            lora == nullptr ? nullptr : lora + p * kFloats,
-            0,
-            at.block_row + p * kNarrowRows,
-            first_row,
-            first_row + rows
-        );
+    constexpr int kCount = 4;  // fragments whose operands are loaded at once
+    if (a.x_is_ready) {
+        wait_for_predecessor();
     }
+#pragma unroll
+    for (int first = 0; first < kTokens / 8; first += kCount) {
+        NarrowEnd<kCount> end(a, row0, first * 8);
+        end.load_early();
+        end.load_u();
+        float v[kCount][4];
+#pragma unroll
+        for (int i = 0; i < 4 * kCount; ++i) {
+            v[i / 4][i % 4] = acc[first + i / 4][i % 4];
+        }
+        end.store(v, room);
+    }
+}
+
+// The same from kSegments blocks of a cluster, whose warps of the same number have the same rows:
+// each finishes its share of the tokens. `sums`: shared memory of this warp.
+template <int kTokens>
+__device__ __forceinline__ void store_segments(
+    const MatmulArgs& a, int32_t row0, const float (&acc)[kTokens / 8][4], float4* sums
+) {
+    constexpr int kCount = kTokens / 8 / kSegments;
+    const int lane = threadIdx.x & 31;
+    const int first = static_cast<int>(block_in_cluster()) * kCount;
+    NarrowEnd<kCount> end(a, row0, first * 8);
+    end.load_early();
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+        sums[32 * j + lane] = float4{acc[j][0], acc[j][1], acc[j][2], acc[j][3]};
+    }
+    cluster_publish();
+    if (a.x_is_ready) {
+        wait_for_predecessor();
+    }
+    end.load_u();
+    cluster_wait();
+    float4 part[kSegments][kCount];
+#pragma unroll
+    for (int s = 0; s < kSegments; ++s) {
+        const float4* of_segment = in_block_of_cluster(sums + 32 * first + lane, s);
+#pragma unroll
+        for (int t = 0; t < kCount; ++t) {
+            part[s][t] = of_segment[32 * t];
+        }
+    }
+    float v[kCount][4] = {};
+#pragma unroll
+    for (int t = 0; t < kCount; ++t) {
+#pragma unroll
+        for (int s = 0; s < kSegments; ++s) {
+            v[t][0] = __fadd_rn(v[t][0], part[s][t].x);
+            v[t][1] = __fadd_rn(v[t][1], part[s][t].y);
+            v[t][2] = __fadd_rn(v[t][2], part[s][t].z);
+            v[t][3] = __fadd_rn(v[t][3], part[s][t].w);
+        }
+    }
+    if (row0 < a.epilogue.columns) {
+        end.store(v, sums + 32 * (kTokens / 8));
+    }
+    cluster_arrive();  // This one has read, and used, the other blocks' sums.
+    cluster_wait();
 }
 
 template <WeightFormat kFormat, int kTokens>
 __global__ void __launch_bounds__(128 * kNarrowMaxGroups)
-    matmul_narrow_kernel(const __grid_constant__ NarrowGroup group, int32_t cluster) {
+    matmul_narrow_kernel(const __grid_constant__ NarrowGroup group, int32_t segments) {
     extern __shared__ __align__(1024) char shared[];
-    __shared__ uint64_t barriers[kNarrowMaxGroups][2][kNarrowXStages];
+    __shared__ uint64_t barriers[2][kNarrowXStages];
     using Layout = NarrowLayout<kFormat, kTokens>;
-    using Output = typename Layout::Output;
     int32_t block = 0;
     const MatmulArgs& a = product_of_block(group.products, block);
-    const NarrowPlace at(a, block, cluster);
-    const int32_t row0 = at.block_row + at.part * kNarrowRows;
-    const int32_t k_begin =
-        (static_cast<int32_t>(block_in_cluster()) * at.segments + at.segment) * a.segment;
-    const int32_t k_end = min(a.k, k_begin + a.segment);
     const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int part = warp / 4;
+    const int parts = static_cast<int>(blockDim.x) / 128;
+    const int32_t row0 = (block / segments * parts + part) * kNarrowRows;
+    const int32_t k_begin = static_cast<int32_t>(block_in_cluster()) * a.segment;
+    const int32_t k_end = min(a.k, k_begin + a.segment);
     const NarrowX<Layout::kXBytes> x{
         group.x[&a - group.products.args],
-        shared_address(shared) + at.segment * Layout::kXRing,
-        shared_address(barriers[at.segment][0]),
-        shared_address(barriers[at.segment][1]),
+        shared_address(shared),
+        shared_address(barriers[0]),
+        shared_address(barriers[1]),
         k_begin,
         (k_end - k_begin + kTileK - 1) / kTileK};
-    const bool leads = at.part == 0 && threadIdx.x % 128 == 0;
+    const bool leads = threadIdx.x == 0;
     if (leads) {
-        x.init(at.parts * 4);
+        x.init(parts * 4);
         mbarrier_init_fence();
     }
     if (!a.releases_late) {
         release_successor();
     }
-    NarrowStream<kFormat> stream(
-        a.w,
-        row0 + warp % 4 * kDecodeRows,
-        k_begin,
-        k_end,
-        shared + at.segments * Layout::kXRing + warp * Layout::kWeightRing
-    );
+    const int32_t warp_row0 = row0 + warp % 4 * kDecodeRows;
+    char* warp_ring = shared + Layout::kXRing + warp * Layout::kWeightRing;
+    NarrowStream<kFormat> stream(a.w, warp_row0, k_begin, k_end, warp_ring);
     // The weights are constant: their loads need not wait.
 #pragma unroll 1
     for (int c = 0; c < kNarrowStages<kFormat> - 1; ++c) {
         stream.issue(a);
     }
-    const bool has_lora = a.epilogue.lora_u != nullptr;
-    if (has_lora && at.segment == 0 && threadIdx.x % 128 < kNarrowRows) {
+    if (a.epilogue.lora_u != nullptr && threadIdx.x % 128 < kNarrowRows) {
         const int32_t row = min(row0 + static_cast<int32_t>(threadIdx.x % 128), a.n - 1);
         prefetch_to_l2(a.epilogue.lora_b + static_cast<int64_t>(row) * a.epilogue.ldb);
     }
@@ -297,140 +452,114 @@ __global__ void __launch_bounds__(128 * kNarrowMaxGroups)
     } else {
         multiply_narrow<kFormat, kTokens, false>(a, stream, x, leads, acc);
     }
-    if (a.x_is_ready) {
-        wait_for_predecessor();
-    }
     copy_async_wait<0>();
-    __syncthreads();  // Nobody reads the rings any more; they take the output now.
-    auto* tiles = reinterpret_cast<float*>(shared);
-    float* own = tiles + (at.part * at.segments + at.segment) * Layout::kOutputFloats;
-    float* lora = tiles + at.parts * at.segments * Layout::kOutputFloats;
-    const int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            const int token = 8 * j + 2 * (lane & 3) + (c & 1);
-            const int row = warp % 4 * kDecodeRows + (lane >> 2) + 8 * (c >> 1);
-            own[token * Output::kRowFloats + row] = acc[j][c];
-        }
-    }
-    if (has_lora && at.segment == 0) {
-        stage_lora<Output, false>(a, lora + at.part * Layout::kOutputFloats, 0, row0);
-    }
-    if (cluster > 1) {
-        cluster_sync();
-    } else {
-        __syncthreads();
-    }
-    store_narrow<Output>(a, at, tiles, has_lora ? lora : nullptr, cluster);
-    if (cluster > 1) {  // The other blocks read this one's tiles.
-        cluster_arrive();
-        cluster_wait();
+    __syncwarp();  // Nobody reads the warp's ring any more; it takes the sums now.
+    auto* sums = reinterpret_cast<float4*>(warp_ring);
+    if (segments > 1) {
+        store_segments<kTokens>(a, warp_row0, acc, sums);
+    } else if (warp_row0 < a.epilogue.columns) {
+        store_whole<kTokens>(a, warp_row0, acc, sums);
     }
 }
 
-// A way to cut the products of a launch: `segments` of a contraction and `groups` warp groups a
-// block, clusters of `cluster` blocks.
-struct NarrowCut {
-    int cluster = 1;
-    int segments = 1;  // the most of one block
-    int groups = 0;
-};
-
-// Numbers the blocks; returns how many there are.
-inline int64_t number_narrow_blocks(MatmulGroup& group, const NarrowCut& cut) {
+// Numbers the blocks of a launch whose blocks have `groups` warp groups; returns how many there
+// are.
+inline int64_t number_narrow_blocks(MatmulGroup& group, int groups, int segments) {
     int64_t blocks = 0;
     for (int32_t i = 0; i < group.count; ++i) {
-        const MatmulArgs& a = group.args[i];
         group.first_block[i] = static_cast<int32_t>(blocks);
-        const int parts = cut.groups * cut.cluster / num_segments(a.k, a.segment);
-        blocks += ceil_div(a.epilogue.columns, int64_t{kNarrowRows} * parts) * cut.cluster;
+        blocks += ceil_div(group.args[i].epilogue.columns, kNarrowRows * groups) * segments;
     }
     group.first_block[group.count] = static_cast<int32_t>(blocks);
     return blocks;
 }
 
-// How many clusters the GPU runs at once; it is asked once for each cut.
+// How many clusters of `segments` blocks, of `groups` warp groups and so many bytes of shared
+// memory, the GPU runs at once.
 template <WeightFormat kFormat, int kTokens>
-int64_t clusters_at_once(const NarrowCut& cut, int shared_bytes) {
-    static int known[5][kNarrowMaxGroups + 1] = {};
-    int& clusters = known[cut.cluster][cut.groups];
-    if (clusters == 0) {
-        cudaLaunchAttribute attribute{};
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim.x = static_cast<unsigned>(cut.cluster);
-        attribute.val.clusterDim.y = 1;
-        attribute.val.clusterDim.z = 1;
-        cudaLaunchConfig_t config{};
-        config.gridDim = dim3(static_cast<unsigned>(cut.cluster * device_limits().multiprocessors));
-        config.blockDim = dim3(static_cast<unsigned>(cut.groups) * 128);
-        config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-        config.attrs = &attribute;
-        config.numAttrs = 1;
-        const auto kernel = matmul_narrow_kernel<kFormat, kTokens>;
-        CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
-        CHECK_GT(clusters, 0);
-    }
+int64_t clusters_at_once(int groups, int segments, int bytes) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(segments);
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(segments * device_limits().multiprocessors));
+    config.blockDim = dim3(static_cast<unsigned>(groups) * 128);
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    const auto kernel = matmul_narrow_kernel<kFormat, kTokens>;
+    CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+    CHECK_GT(clusters, 0);
     return clusters;
 }
 
-// False, and nothing done, where the rings do not fit (long contractions of the larger GGUF
-// blocks).
+constexpr int kNarrowSharedBytes = 226 * 1024;
+
+// What a launch of so many clusters costs, in quarters of the time of one warp group alone: the
+// warp groups of the busiest multiprocessor, two more for what each wave begins and ends with, and
+// a share for x, which every block reads. Clusters do not fill a GPU whose parts they do not
+// divide: the blocks that are left over go where others are.
+template <WeightFormat kFormat, int kTokens>
+int64_t narrow_cost(int64_t clusters, int groups, int segments) {
+    static int64_t known[kSegments + 1][kNarrowMaxGroups + 1][2] = {};  // asked once for each cut
+    int64_t(&at_once)[2] = known[segments][groups];
+    if (at_once[0] == 0) {
+        at_once[0] = clusters_at_once<kFormat, kTokens>(groups, segments, kNarrowSharedBytes);
+        at_once[1] = clusters_at_once<kFormat, kTokens>(
+            groups, segments, NarrowLayout<kFormat, kTokens>::shared_bytes(groups)
+        );
+    }
+    const int64_t load = ceil_div(clusters, at_once[0]) * groups;
+    return 8 * ceil_div(clusters, at_once[1]) + 4 * load + 4 / groups;
+}
+
+// False, and nothing done, where the rings do not fit (the larger GGUF blocks) or the products
+// differ in segments.
 template <WeightFormat kFormat, int kTokens>
 bool launch_narrow(cudaStream_t queue, MatmulGroup& group) {
-    const int64_t multiprocessors = device_limits().multiprocessors;
-    constexpr int kSharedBytes = 226 * 1024;
     const auto kernel = matmul_narrow_kernel<kFormat, kTokens>;
-    int most = 1;
-    bool alike = true;
-    for (int32_t i = 0; i < group.count; ++i) {
-        const int32_t segments = num_segments(group.args[i].k, group.args[i].segment);
-        CHECK(segments == 1 || segments == 2 || segments == 4);
-        most = std::max(most, segments);
-        alike = alike && segments == num_segments(group.args[0].k, group.args[0].segment);
+    const int32_t segments = num_segments(group.args[0].k, group.args[0].segment);
+    CHECK(segments == 1 || segments == kSegments);
+    for (int32_t i = 1; i < group.count; ++i) {
+        if (num_segments(group.args[i].k, group.args[i].segment) != segments) {
+            return false;
+        }
     }
-    allow_shared_memory(kernel, kSharedBytes);
-    NarrowCut cut;
-    cut.cluster = alike ? most : 1;
-    cut.segments = most / cut.cluster;
-    // The warp groups that a multiprocessor runs, and about two more for what a wave begins and
-    // ends with.
+    allow_shared_memory(kernel, kNarrowSharedBytes);
     int best = 0;
     int64_t least_cost = 0;
-    for (cut.groups = cut.segments; cut.groups <= kNarrowMaxGroups; cut.groups += cut.segments) {
-        const int bytes = NarrowLayout<kFormat, kTokens>::shared_bytes(cut.groups, cut.segments);
-        if (bytes > kSharedBytes) {
+    for (int groups = 1; groups <= kNarrowMaxGroups; ++groups) {
+        if (NarrowLayout<kFormat, kTokens>::shared_bytes(groups) > kNarrowSharedBytes) {
             break;
         }
-        const int64_t blocks = number_narrow_blocks(group, cut);
-        const int64_t at_once = clusters_at_once<kFormat, kTokens>(cut, bytes);
-        const int64_t waves = ceil_div(blocks / cut.cluster, at_once);
-        const int64_t cost = 2 * waves + ceil_div(blocks, multiprocessors) * cut.groups;
+        const int64_t clusters = number_narrow_blocks(group, groups, segments) / segments;
+        const int64_t cost = narrow_cost<kFormat, kTokens>(clusters, groups, segments);
         if (best == 0 || cost < least_cost) {
             least_cost = cost;
-            best = cut.groups;
+            best = groups;
         }
     }
     if (best == 0) {
         return false;
     }
-    cut.groups = best;
-    const int64_t blocks = number_narrow_blocks(group, cut);
+    const int64_t blocks = number_narrow_blocks(group, best, segments);
     NarrowGroup narrow{group, {}};
     for (int32_t i = 0; i < group.count; ++i) {
         const MatmulArgs& a = group.args[i];
         narrow.x[i] = tensor_map(a.x, a.m, a.k, a.ldx * 2, kTokens);
     }
     launch_clusters_early(
-        static_cast<unsigned>(cut.cluster),
+        static_cast<unsigned>(segments),
         kernel,
         dim3(grid_dim(blocks)),
         static_cast<unsigned>(best) * 128,
-        static_cast<size_t>(NarrowLayout<kFormat, kTokens>::shared_bytes(best, cut.segments)),
+        static_cast<size_t>(NarrowLayout<kFormat, kTokens>::shared_bytes(best)),
         queue,
         narrow,
-        cut.cluster
+        segments
     );
     return true;
 }

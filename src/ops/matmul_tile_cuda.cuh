@@ -427,26 +427,19 @@ __device__ __forceinline__ void load_eight(float (&v)[8], const float* from) {
     }
 }
 
-// Rows [first_row, last_row) of a tile from shared memory to y, eight columns at a time: the sum of
-// the teams' tiles tile_of(0), tile_of(1), .. in ascending order (teams > 1), LoRA's tile (or null:
-// already in), bias, residual, one rounding.
+// A tile from shared memory to y, eight columns at a time: the sum of the teams' tiles tile_of(0),
+// tile_of(1), .. in ascending order (teams > 1), LoRA's tile (or null: already in), bias, residual,
+// one rounding.
 template <typename Shape, typename TileOf>
 __device__ __forceinline__ void store_output(
-    const MatmulArgs& a,
-    const TileOf& tile_of,
-    int teams,
-    const float* lora,
-    int32_t m0,
-    int32_t n0,
-    int first_row = 0,
-    int last_row = Shape::kM
+    const MatmulArgs& a, const TileOf& tile_of, int teams, const float* lora, int32_t m0, int32_t n0
 ) {
     constexpr int kRowEights = Shape::kN / 8;
     const Epilogue& e = a.epilogue;
     const int32_t inside = min(e.columns, a.n);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < (last_row - first_row) * kRowEights; i += blockDim.x) {
-        const int row = first_row + i / kRowEights;
+    for (int i = threadIdx.x; i < Shape::kM * kRowEights; i += blockDim.x) {
+        const int row = i / kRowEights;
         const int col = i % kRowEights * 8;
         const int32_t m = m0 + row;
         const int32_t n = n0 + col;

@@ -344,11 +344,11 @@ void add_many_rows_cases(CaseList& cases) {
     for (const Shape& s :
          {bf16_shape(1100, 1056, 2000),  // one segment; few tiles
           bf16_shape(2100, 1040, 9000),  // many
-          bf16_shape(1300, 2336, 1003),  // two segments, columns not in eights
-          bf16_shape(2500, 2080, 4104),  // two, many tiles
-          bf16_shape(1025, 4320, 1160),  // four
+          bf16_shape(1300, 2336, 1003),  // four segments, columns not in eights
+          bf16_shape(2500, 2080, 4104),  // four, many tiles
+          bf16_shape(1025, 4320, 1160),
           bf16_shape(520, 1056, 8200),
-          bf16_shape(512, 2336, 8104)}) {  // two
+          bf16_shape(512, 2336, 8104)}) {  // four
         add_rows_case(cases, "linear_f32_out", s, f32_out_case);
     }
     const auto with_lora = [&](Shape s, int64_t rank, bool bias, bool residual) {
@@ -405,7 +405,7 @@ void add_decoded_cases(CaseList& cases) {
     };
     for (const WeightFormat format : kPackedFormats) {
         add_all(format, 1056, 2000);  // one segment
-        add_all(format, 2336, 1032);  // two
+        add_all(format, 2336, 1032);  // four
     }
     for (const WeightFormat format : {WeightFormat::kInt4, WeightFormat::kFp8}) {
         add_rows_case(cases, "linear_f32_out", {format, 1100, 4128, 9000}, f32_out_case);
@@ -423,8 +423,8 @@ void add_decoded_cases(CaseList& cases) {
 }
 
 // Shapes that bring in each of the GPU's kernels: a row alone takes the decode kernel, the whole
-// batch one of the tiles, with a contraction in one piece, in two and in four. All rows must have
-// the same bits.
+// batch one of the tiles, with a contraction in one piece and in four. All rows must have the same
+// bits.
 void add_gpu_cases(CaseList& cases) {
     const auto add_linear = [&](const Shape& s) {
         add_rows_case(cases, "linear", s, full_linear_case);
@@ -434,14 +434,14 @@ void add_gpu_cases(CaseList& cases) {
     };
     const auto add_all = [&](WeightFormat format) {
         add_f32_out({format, 300, 1056, 136});  // one piece
-        add_f32_out({format, 150, 2336, 96});   // two
-        add_f32_out({format, 13, 4320, 48});    // four; up to 16 rows
+        add_f32_out({format, 150, 2336, 96});   // four
+        add_f32_out({format, 13, 4320, 48});    // up to 16 rows
         add_f32_out({format, 70, 4320, 48});
         add_f32_out({format, 24, 2336, 300});     // up to 32 rows
         add_f32_out({format, 64, 1056, 8224});    // up to 64 rows, in one piece
         add_f32_out({format, 41, 4320, 200});     // in four
         add_f32_out({format, 300, 96, 8224});     // the widest tile
-        add_f32_out({format, 1000, 2080, 1600});  // the same, in two pieces
+        add_f32_out({format, 1000, 2080, 1600});  // the same, in four
         for (const Shape& s :
              {Shape{format, 1300, 1280, 96},
               Shape{format, 300, 288, 136},
@@ -451,6 +451,7 @@ void add_gpu_cases(CaseList& cases) {
         const DType bf16_type = DType::kBF16;
         add_linear({format, 40, 4352, 200, bf16_type, AdapterKind::kLora, 16, true, true});
         add_linear({format, 20, 1088, 192, bf16_type, AdapterKind::kLora, 40, false, true});
+        add_linear({format, 61, 2304, 320, bf16_type, AdapterKind::kLora, 16, true, true});
         add_linear({format, 200, 1088, 192, bf16_type, AdapterKind::kLora, 16, true, true});
         add_linear({format, 200, 2304, 192, bf16_type, AdapterKind::kLora, 32, false, true});
         add_linear({format, 200, 1088, 192, bf16_type, AdapterKind::kOft, 32, true, true});

@@ -144,11 +144,10 @@ __device__ __forceinline__ const T* in_block_of_cluster(const T* own, int block)
     return other;
 }
 
-// The two halves of a cluster_sync() that orders no writes: enough before a block ends whose shared
-// memory the others read.
-__device__ __forceinline__ void cluster_arrive() {
+// The two halves of a cluster_sync(), for writes to shared memory that the other blocks read.
+__device__ __forceinline__ void cluster_publish() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 
@@ -158,12 +157,18 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
+// In the place of cluster_publish(), where no writes need an order: enough before a block ends
+// whose shared memory the others read.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
 // All threads of all blocks of the cluster.
 __device__ __forceinline__ void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-#endif
+    cluster_publish();
+    cluster_wait();
 }
 
 }  // namespace orbit::cuda

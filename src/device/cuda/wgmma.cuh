@@ -23,6 +23,12 @@ __device__ __forceinline__ uint64_t descriptor_along_k(uint32_t address) {
     return ((address & 0x3ffffu) >> 4) | (uint64_t{1} << 16) | (kEightRows << 32) | kSwizzle128;
 }
 
+// The descriptor of what lies so many bytes further on, a multiple of 16.
+__device__ __forceinline__ uint64_t further_along(uint64_t descriptor, uint32_t bytes) {
+    const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+    return (descriptor & 0xffffffff00000000u) | low;
+}
+
 // Descriptor of a tile whose rows run across it: 64 columns a row, one row for each k; the next 64
 // columns lie `column_block` bytes further on.
 __device__ __forceinline__ uint64_t descriptor_across_k(uint32_t address, uint32_t column_block) {
