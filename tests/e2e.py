@@ -388,6 +388,8 @@ def test_bad_configs_and_data(folder):
         case(name, words, f"data.train={path}")
     case("reward", ["exact", "exactt"], "reward.name=exactt")
     case("program", "no-such-program", "reward.command=no-such-program")
+    with_option = orbit(*train_args(folder / "run-device-option"), "--device", "cuda:7")
+    expect_user_error(with_option, "cuda", "device as an option")
     expect_user_error(orbit("train", folder / "absent.toml"), "absent.toml", "absent config")
     expect_user_error(orbit("resume", folder), "config.toml", "resume of no run")
     expect_user_error(orbit("trian", "x"), "train", "unknown command")
