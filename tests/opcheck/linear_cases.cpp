@@ -432,6 +432,7 @@ void add_gpu_cases(CaseList& cases) {
     const auto add_f32_out = [&](const Shape& s) {
         add_rows_case(cases, "linear_f32_out", s, f32_out_case);
     };
+    const DType bf16_type = DType::kBF16;
     const auto add_all = [&](WeightFormat format) {
         add_f32_out({format, 300, 1056, 136});  // one piece
         add_f32_out({format, 150, 2336, 96});   // four
@@ -448,7 +449,6 @@ void add_gpu_cases(CaseList& cases) {
               Shape{format, 1290, 1312, 4200}}) {
             add_rows_case(cases, "linear_dx", s, dx_case);
         }
-        const DType bf16_type = DType::kBF16;
         add_linear({format, 40, 4352, 200, bf16_type, AdapterKind::kLora, 16, true, true});
         add_linear({format, 20, 1088, 192, bf16_type, AdapterKind::kLora, 40, false, true});
         add_linear({format, 61, 2304, 320, bf16_type, AdapterKind::kLora, 16, true, true});
@@ -461,7 +461,6 @@ void add_gpu_cases(CaseList& cases) {
     for (const WeightFormat format : kPackedFormats) {
         add_all(format);
     }
-    const DType bf16_type = DType::kBF16;
     add_f32_out({WeightFormat::kBF16, 64, 2080, 128});  // a router's
     add_linear({WeightFormat::kInt4, 14, 4320, 304, bf16_type, AdapterKind::kLora, 16});  // 9 to 16
     add_linear({WeightFormat::kBF16, 500, 4320, 304, bf16_type, AdapterKind::kLora, 20});
