@@ -55,7 +55,7 @@ verify_beside_cpu() {
 same_bits() {
     local orbit=$1 folder
     folder=$(mktemp -d)
-    local train=("$orbit" train examples/demo/run.toml --device cuda:0 --set train.steps=6 --set checkpoint.every=2
+    local train=("$orbit" train examples/demo/run.toml --set device=cuda:0 --set train.steps=6 --set checkpoint.every=2
         --set eval.max_questions=64)
     "${train[@]}" --run "$folder/a" 2>/dev/null
     "${train[@]}" --run "$folder/b" 2>/dev/null
@@ -83,7 +83,7 @@ host_experts() {
         --decode-batches 1,16 --train-length 256 --train-tokens 1024 || return 1
     folder=$(mktemp -d)
     for kind in lora oft; do
-        local train=("$orbit" train examples/demo/run.toml --set model="$model" --device cuda:0 --set data.eval=
+        local train=("$orbit" train examples/demo/run.toml --set model="$model" --set device=cuda:0 --set data.eval=
             --set adapter.kind="$kind" --set adapter.block_size=16 --set train.steps=4 --set rollout.max_tokens=24
             --set reward.name=regex --set 'reward.pattern=[a-c1]')
         "${train[@]}" --set moe.host_layers=0 --run "$folder/$kind-device" 2>/dev/null || return 1
@@ -97,7 +97,7 @@ host_experts() {
 demo() {
     local folder
     folder=$(mktemp -d)
-    "$1" train examples/demo/run.toml --device cuda:0 --run "$folder/run"
+    "$1" train examples/demo/run.toml --set device=cuda:0 --run "$folder/run"
     python3 - "$folder/run/summary.json" <<'PY'
 import json, sys
 s = json.load(open(sys.argv[1]))
