@@ -36,6 +36,7 @@ struct ModelArgs {
 struct TrainArgs {
     std::string config;
     std::vector<std::string> overrides;
+    std::string device;  // empty: the config's
     std::string run;
 };
 

@@ -89,11 +89,7 @@ void add_train(CLI::App& app, TrainArgs& args, Action& action) {
     command->add_option("--set", args.overrides, "key=value, goes before the file; repeatable")
         ->allow_extra_args(false);
     command->add_option("--run", args.run, "run folder (default: a new one under runs/)");
-    command->add_option_function<std::string>(
-        "--device",
-        [&](const std::string& device) { args.overrides.push_back("device=" + device); },
-        "auto, cpu or cuda:0; --set device=..."
-    );
+    command->add_option("--device", args.device, "auto, cpu or cuda:0 (default: the config's)");
     command->callback([&] { action = [&] { return run_train(args); }; });
 }
 

@@ -14,7 +14,11 @@ int status_of(const RunResult& result) {
 }  // namespace
 
 int run_train(const TrainArgs& args) {
-    const Config config = load_config(args.config, args.overrides);
+    std::vector<std::string> overrides = args.overrides;
+    if (!args.device.empty()) {
+        overrides.push_back("device=" + args.device);
+    }
+    const Config config = load_config(args.config, overrides);
     USER_CHECK(!config.model.empty(), "{} sets no model.", args.config);
     USER_CHECK(!config.data.train.empty(), "{} sets no data.train.", args.config);
     install_interrupt_handler();
