@@ -5,7 +5,8 @@
 // Where every sequence has one row, the kernels before them in the queue have written its last key
 // and value and nothing else: the batch's numbers and all other keys and values are those of
 // earlier forwards, which something that kernels do not overtake (a copy, advance_decode) parts
-// from this one. What lies before the last tile is therefore loaded before the wait.
+// from this one. The first tiles are therefore loaded before the wait, unless the last is among
+// them.
 #include "device/cuda/tma.cuh"
 #include "ops/attention_cuda.cuh"
 #include "ops/matmul_cuda.cuh"

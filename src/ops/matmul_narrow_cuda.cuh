@@ -8,7 +8,6 @@
 #include "device/cuda/tma.cuh"
 #include "device/cuda/wgmma.cuh"
 #include "ops/matmul_decode_cuda.cuh"
-#include "ops/matmul_tile_cuda.cuh"
 
 namespace orbit::cuda {
 
