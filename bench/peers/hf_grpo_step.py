@@ -25,6 +25,10 @@ SHAPES = {
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def lora_config():
+    return LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, lora_dropout=0.0)
+
+
 def make_model(shape):
     config = Qwen3Config(**SHAPES[shape], attn_implementation="sdpa")
     with torch.device("cuda"):
@@ -32,7 +36,7 @@ def make_model(shape):
     model.config.eos_token_id = None
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, lora_dropout=0.0))
+    model = get_peft_model(model, lora_config())
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
@@ -91,12 +95,16 @@ def step(model, optimizer, args, seconds):
     timed(seconds, "train", train)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="qwen3-0.6b", choices=sorted(SHAPES))
+def parse_arguments(description, shapes):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen3-0.6b", choices=sorted(shapes))
     for name, value in (("prompts", 64), ("samples", 8), ("prompt", 128), ("response", 512), ("micro-batch", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments(__doc__, SHAPES)
     model = make_model(args.shape)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -8,24 +8,23 @@ transformers (use_vllm is off: vLLM is not part of this comparison). TRL compute
 for one update. Needs torch, transformers, peft and trl (1.16 was tried) with its dependencies; where packages cannot be
 installed, carry the wheels of trl, datasets, pyarrow and what those miss. --shape tiny runs on a CPU, to try the script.
 """
-import argparse
 import json
 import tempfile
 import time
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from hf_grpo_step import LINEARS, SHAPES
+from hf_grpo_step import SHAPES, lora_config, parse_arguments
 
-SHAPES["tiny"] = dict(
+TINY = dict(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, tie_word_embeddings=True,
 )
+ALL_SHAPES = SHAPES | {"tiny": TINY}
 STEPS = 2  # the first warms up and is not counted
 
 
@@ -68,12 +67,13 @@ def prompts_of(args, vocab_size):
 
 
 def make_trainer(args):
-    config = Qwen3Config(**SHAPES[args.shape], attn_implementation="sdpa", eos_token_id=1, pad_token_id=0)
+    config = Qwen3Config(**ALL_SHAPES[args.shape], attn_implementation="sdpa", eos_token_id=1, pad_token_id=0)
     on_gpu = torch.cuda.is_available()
     with torch.device("cuda" if on_gpu else "cpu"):
         model = Qwen3ForCausalLM(config).to(torch.bfloat16)
     options = GRPOConfig(
-        output_dir=tempfile.gettempdir(), report_to=[], save_strategy="no", max_steps=STEPS, logging_steps=1, use_cpu=not on_gpu,
+        output_dir=tempfile.gettempdir(), report_to=[], save_strategy="no", max_steps=STEPS, logging_steps=1,
+        use_cpu=not on_gpu,
         per_device_train_batch_size=args.micro_batch,
         gradient_accumulation_steps=args.prompts * args.samples // args.micro_batch,
         num_generations=args.samples, max_completion_length=args.response,
@@ -87,19 +87,14 @@ def make_trainer(args):
 
     return TimedTrainer(
         args.prompt, model=model, reward_funcs=reward, args=options, train_dataset=prompts_of(args, config.vocab_size),
-        processing_class=word_tokenizer(config.vocab_size),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, lora_dropout=0.0),
+        processing_class=word_tokenizer(config.vocab_size), peft_config=lora_config(),
     )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="qwen3-0.6b", choices=sorted(SHAPES))
-    for name, value in (("prompts", 64), ("samples", 8), ("prompt", 128), ("response", 512), ("micro-batch", 16)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    args = parser.parse_args()
+    args = parse_arguments(__doc__, ALL_SHAPES)
     if args.prompts * args.samples % args.micro_batch:
-        parser.error("--micro-batch must divide prompts x samples")
+        raise SystemExit("--micro-batch must divide prompts x samples")
     trainer = make_trainer(args)
     ends = []
 
