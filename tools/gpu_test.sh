@@ -31,13 +31,30 @@ pack() {
 passed=0
 failed=0
 
-check() { # NAME COMMAND...
+check() { # NAME COMMAND... A function must return its failures itself: set -e is off while it runs here.
     local name=$1 status=0 started=$SECONDS
     shift
     echo "== $name"
     "$@" || status=$?
     if [[ $status == 0 ]]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
     echo "-- $name: $([[ $status == 0 ]] && echo ok || echo "FAILED ($status)") in $((SECONDS - started)) s"
+}
+
+# All cases, in processes side by side: most of the time is the CPU's, which computes the references.
+opcheck_in_parts() {
+    local opcheck=$1 parts part status=0 folder pids=()
+    parts=$(($(nproc) < 8 ? $(nproc) : 8))
+    folder=$(mktemp -d)
+    for ((part = 0; part < parts; ++part)); do
+        "$opcheck" --device cuda:0 --part "$part/$parts" >"$folder/$part" 2>&1 &
+        pids+=($!)
+    done
+    for part in "${pids[@]}"; do wait "$part" || status=1; done
+    cat "$folder"/*
+    awk '/ passed, .* failed$/ { passed += $1; failed += $3 } END { print "opcheck: " passed " passed, " failed " failed" }' \
+        "$folder"/*
+    rm -rf "$folder"
+    return $status
 }
 
 # Differences to the reference on the GPU: at most 1.5 times those of the CPU in the same precision.
@@ -57,20 +74,23 @@ same_bits() {
     folder=$(mktemp -d)
     local train=("$orbit" train examples/demo/run.toml --set device=cuda:0 --set train.steps=6 --set checkpoint.every=2
         --set eval.max_questions=64)
-    "${train[@]}" --run "$folder/a" 2>/dev/null
-    "${train[@]}" --run "$folder/b" 2>/dev/null
-    "${train[@]}" --run "$folder/d" --set train.activation_offloading=true 2>/dev/null
-    "${train[@]}" --run "$folder/e" --set train.recompute=full 2>/dev/null
+    "${train[@]}" --run "$folder/a" 2>/dev/null || return 1
+    "${train[@]}" --run "$folder/b" 2>/dev/null || return 1
+    "${train[@]}" --run "$folder/d" --set train.activation_offloading=true 2>/dev/null || return 1
+    "${train[@]}" --run "$folder/e" --set train.recompute=full 2>/dev/null || return 1
     "${train[@]}" --run "$folder/c" 2>/dev/null &
     local pid=$!
-    while [[ ! -s "$folder/c/metrics.jsonl" ]] || [[ $(wc -l <"$folder/c/metrics.jsonl") -lt 3 ]]; do sleep 0.05; done
+    while [[ ! -s "$folder/c/metrics.jsonl" ]] || [[ $(wc -l <"$folder/c/metrics.jsonl") -lt 3 ]]; do
+        kill -0 $pid || return 1
+        sleep 0.05
+    done
     kill -9 $pid
     wait $pid 2>/dev/null || true
-    "$orbit" resume "$folder/c" 2>/dev/null
+    "$orbit" resume "$folder/c" 2>/dev/null || return 1
     local other
     for other in b c d e; do
-        cmp "$folder/a/adapter/adapter_model.safetensors" "$folder/$other/adapter/adapter_model.safetensors"
-        cmp "$folder/a/rollouts.jsonl" "$folder/$other/rollouts.jsonl"
+        cmp "$folder/a/adapter/adapter_model.safetensors" "$folder/$other/adapter/adapter_model.safetensors" || return 1
+        cmp "$folder/a/rollouts.jsonl" "$folder/$other/rollouts.jsonl" || return 1
     done
     rm -rf "$folder"
 }
@@ -97,8 +117,8 @@ host_experts() {
 demo() {
     local folder
     folder=$(mktemp -d)
-    "$1" train examples/demo/run.toml --set device=cuda:0 --run "$folder/run"
-    python3 - "$folder/run/summary.json" <<'PY'
+    "$1" train examples/demo/run.toml --set device=cuda:0 --run "$folder/run" || return 1
+    python3 - "$folder/run/summary.json" <<'PY' || return 1
 import json, sys
 s = json.load(open(sys.argv[1]))
 print(s)
@@ -118,7 +138,7 @@ run_checks() {
     else
         ./run cuda
     fi
-    check "opcheck" "$bin/opcheck" --device cuda:0
+    check "opcheck" opcheck_in_parts "$bin/opcheck"
     local model
     for model in "${models[@]}"; do
         [[ -d "$model" ]] || continue

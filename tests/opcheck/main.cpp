@@ -1,4 +1,5 @@
-// opcheck [--op NAME] [--mode MODE] [--isa ISA] [--device DEVICE] [--threads N]
+// opcheck [--op NAME] [--case TEXT] [--mode MODE] [--isa ISA] [--device DEVICE] [--threads N]
+//     [--part I/N]
 #include <fmt/core.h>
 
 #include <cstdlib>
@@ -32,7 +33,18 @@ struct Options {
     std::string isa = "auto";
     std::string device = "cpu";
     int threads = 0;
+    size_t part = 0;  // of `parts`: every case whose number leaves this remainder
+    size_t parts = 1;
 };
+
+// "2/8"
+void parse_part(const std::string& value, Options& options) {
+    const size_t slash = value.find('/');
+    USER_CHECK(slash != std::string::npos, "--part needs I/N, as in 2/8.");
+    options.part = static_cast<size_t>(std::atoi(value.substr(0, slash).c_str()));
+    options.parts = static_cast<size_t>(std::atoi(value.substr(slash + 1).c_str()));
+    USER_CHECK(options.part < options.parts, "--part {}: I must be less than N.", value);
+}
 
 Options parse(int argc, char** argv) {
     Options options;
@@ -52,9 +64,12 @@ Options parse(int argc, char** argv) {
             options.device = value;
         } else if (flag == "--threads") {
             options.threads = std::atoi(value.c_str());
+        } else if (flag == "--part") {
+            parse_part(value, options);
         } else {
             throw UserError(fmt::format(
-                "{} is unknown; the flags are --op, --case, --mode, --isa, --device and --threads.",
+                "{} is unknown; the flags are --op, --case, --mode, --isa, --device, --threads and "
+                "--part.",
                 flag
             ));
         }
@@ -136,7 +151,8 @@ int run(int argc, char** argv) {
     Stream other(other_device);
     fmt::print("device: {}\n", device.name);
     Tally tally;
-    for (const auto& c : cases) {
+    for (size_t i = options.part; i < cases.size(); i += options.parts) {
+        const Case& c = cases[i];
         if ((options.op.empty() || c.op == options.op) &&
             c.name.find(options.name) != std::string::npos) {
             if (stream.is_cpu()) {
