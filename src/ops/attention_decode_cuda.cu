@@ -294,25 +294,28 @@ __global__ void __launch_bounds__(kThreads) attention_decode_kernel(AttentionArg
 
 // ---- a cluster of blocks a row and KV head ------------------------------------------------------
 //
-// The cluster goes through the context in rounds of eight tiles. Block c scores and weighs tile c
-// of the round, whole, and takes the other blocks' weights from their shared memory; then it
-// weighs d/8 channels of all of the round's values. Scores of a key, and sums of a channel, do not
-// know who else is worked on beside them, and every block raises the rows' maxima over the tiles in
-// ascending order, so the bits are those of one block.
+// The cluster goes through the context in rounds of eight tiles, or sixteen. Block c scores and
+// weighs tile c of the round (and tile c + 8), whole, and takes the other blocks' weights from
+// their shared memory; then it weighs d/8 channels of all of the round's values. Scores of a key,
+// and sums of a channel, do not know who else is worked on beside them, and every block raises the
+// rows' maxima over the tiles in ascending order, so the bits are those of one block.
 
-constexpr int kSpread = 8;  // blocks of a cluster, tiles of a round
-constexpr int kRoundKeys = kSpread * kKeyTile;
+constexpr int kSpread = 8;                   // blocks of a cluster
 static_assert(kThreads == kSpread * kRows);  // a thread fetches the parts of a tile and row
 
-template <int kHeadDim>
+// kOwn: tiles of a block in a round.
+template <int kHeadDim, int kOwn>
 struct SpreadShared {
+    static constexpr int kTiles = kSpread * kOwn;  // of a round
+    static constexpr int kKeys = kTiles * kKeyTile;
     static constexpr int kChannels = kHeadDim / kSpread;
-    static constexpr int kValues = Tile<kHeadDim>::kBytes;  // after the block's tile of keys
-    static constexpr int kWeights = kValues + kRoundKeys * kChannels * 2;
-    static constexpr int kParts = kWeights + kSpread * kWeightTile;  // of the block's tile
-    static constexpr int kSum = kParts + static_cast<int>(sizeof(TileParts));
-    static constexpr int kMax = kSum + kSpread * kRows * static_cast<int>(sizeof(float4));
-    static constexpr int kBytes = kMax + kSpread * kRows * static_cast<int>(sizeof(float));
+    static constexpr int kValues =
+        kOwn * Tile<kHeadDim>::kBytes;  // after the block's tiles of keys
+    static constexpr int kWeights = kValues + kKeys * kChannels * 2;
+    static constexpr int kParts = kWeights + kTiles * kWeightTile;  // of the block's tiles
+    static constexpr int kSum = kParts + kOwn * static_cast<int>(sizeof(TileParts));
+    static constexpr int kMax = kSum + kTiles * kRows * static_cast<int>(sizeof(float4));
+    static constexpr int kBytes = kMax + kTiles * kRows * static_cast<int>(sizeof(float));
 };
 
 // 16 bytes at an address of this block's shared memory, out of that of block `block`.
@@ -345,50 +348,56 @@ __device__ __forceinline__ uint32_t slice_offset(int row, int granule) {
     return static_cast<uint32_t>((row * kGranules + place) * 16);
 }
 
-// Copies channels block d/8.. of the values of `count` tiles from tile `first` on; rows past
-// last_key become zeros.
+// Copies channels block d/8.. of the values of tiles [begin, end) of the round that starts with
+// tile `first`; rows past last_key become zeros.
 template <int kHeadDim>
 __device__ __forceinline__ void load_value_slice(
     const AttentionArgs& a,
     const DecodeRow& d,
     uint32_t to,
     int32_t first,
-    int32_t count,
+    int32_t begin,
+    int32_t end,
     int32_t block
 ) {
     constexpr int kGranules = kHeadDim / kSpread / 8;
     constexpr int kRowsPerPass = kThreads / kGranules;
-    constexpr int kHalf = kRoundKeys / 2;  // keys on 32 pages
-    static_assert(kHalf == 32 * kPageTokens && kHalf % kRowsPerPass == 0);
-    int32_t page_ids[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int32_t page =
-            (first * kKeyTile + h * kHalf) / kPageTokens + static_cast<int32_t>(threadIdx.x & 31);
-        page_ids[h] = page * kPageTokens <= d.last_key
-                          ? a.block_table[static_cast<int64_t>(d.sequence) * a.max_blocks + page]
-                          : 0;
-    }
+    constexpr int kPart = 32 * kPageTokens;  // keys whose pages a warp knows, a lane each
+    static_assert(
+        kSpread * kKeyTile % kPart == 0 && kPart % kRowsPerPass == 0 && kKeyTile % kRowsPerPass == 0
+    );
+    constexpr int kTilesOfPart = kPart / kKeyTile;
     const int granule = static_cast<int>(threadIdx.x) % kGranules;
     const int32_t page_values = a.kv_heads * kPageTokens * kHeadDim;
     const bf16* from =
         a.v_pages + d.kv_head * kPageTokens * kHeadDim + block * (kHeadDim / kSpread) + granule * 8;
+#pragma unroll 1
+    for (int32_t tile0 = begin / kTilesOfPart * kTilesOfPart; tile0 < end; tile0 += kTilesOfPart) {
+        const int32_t page = (first + tile0) * (kKeyTile / kPageTokens) + (threadIdx.x & 31);
+        const int32_t page_id =
+            page * kPageTokens <= d.last_key
+                ? a.block_table[static_cast<int64_t>(d.sequence) * a.max_blocks + page]
+                : 0;
 #pragma unroll
-    for (int pass = 0; pass < kRoundKeys / kRowsPerPass; ++pass) {
-        if (pass * kRowsPerPass >= count * kKeyTile) {
-            continue;
+        for (int pass = 0; pass < kPart / kRowsPerPass; ++pass) {
+            const int32_t tile = tile0 + pass * kRowsPerPass / kKeyTile;
+            if (tile < begin || tile >= end) {
+                continue;
+            }
+            const int32_t in_part = pass * kRowsPerPass + threadIdx.x / kGranules;
+            const int32_t row = tile0 * kKeyTile + in_part;
+            const int32_t of_page = __shfl_sync(kFullWarp, page_id, in_part / kPageTokens);
+            const int64_t at =
+                static_cast<int64_t>(of_page) * page_values + row % kPageTokens * kHeadDim;
+            const bool valid = first * kKeyTile + row <= d.last_key;
+            copy_async_16(to + slice_offset<kHeadDim>(row, granule), from + at, valid);
         }
-        const int row = pass * kRowsPerPass + static_cast<int>(threadIdx.x) / kGranules;
-        const int32_t page =
-            __shfl_sync(kFullWarp, page_ids[pass * kRowsPerPass / kHalf], row / kPageTokens % 32);
-        const int64_t at = static_cast<int64_t>(page) * page_values + row % kPageTokens * kHeadDim;
-        const bool valid = first * kKeyTile + row <= d.last_key;
-        copy_async_16(to + slice_offset<kHeadDim>(row, granule), from + at, valid);
     }
 }
 
 // Copies the weights of the round's other tiles out of the blocks that have made them. The rows of
 // padding stay what they are: they lead to rows that nobody stores.
+template <int kOwn>
 __device__ __forceinline__ void gather_weights(
     char* weights, int32_t num_rows, int32_t count, int32_t block
 ) {
@@ -396,18 +405,22 @@ __device__ __forceinline__ void gather_weights(
     const auto place = [&](int tile, int row) {
         return weights + tile * kWeightTile + row * kWeightRow + granule * 16;
     };
-    for (int row = static_cast<int>(threadIdx.x >> 4); row < num_rows; row += kThreads / 16) {
-        uint4 granules[kSpread]{};
+    const auto is_elsewhere = [&](int tile) { return tile < count && tile % kSpread != block; };
 #pragma unroll
-        for (int t = 0; t < kSpread; ++t) {
-            if (t < count && t != block) {
-                granules[t] = load_from_block(shared_address(place(t, row)), t);
+    for (int first = 0; first < kSpread * kOwn; first += kSpread) {
+        for (int row = static_cast<int>(threadIdx.x >> 4); row < num_rows; row += kThreads / 16) {
+            uint4 granules[kSpread]{};
+#pragma unroll
+            for (int t = 0; t < kSpread; ++t) {
+                if (is_elsewhere(first + t)) {
+                    granules[t] = load_from_block(shared_address(place(first + t, row)), t);
+                }
             }
-        }
 #pragma unroll
-        for (int t = 0; t < kSpread; ++t) {
-            if (t < count && t != block) {
-                *reinterpret_cast<uint4*>(place(t, row)) = granules[t];
+            for (int t = 0; t < kSpread; ++t) {
+                if (is_elsewhere(first + t)) {
+                    *reinterpret_cast<uint4*>(place(first + t, row)) = granules[t];
+                }
             }
         }
     }
@@ -432,9 +445,9 @@ __device__ __forceinline__ void weigh_slice(
     }
 }
 
-template <int kHeadDim>
+template <int kHeadDim, int kOwn>
 __global__ void __launch_bounds__(kThreads) attention_spread_kernel(AttentionArgs a) {
-    using Shared = SpreadShared<kHeadDim>;
+    using Shared = SpreadShared<kHeadDim, kOwn>;
     extern __shared__ __align__(1024) char shared[];
     release_successor();
     const auto block = static_cast<int32_t>(block_in_cluster());
@@ -446,76 +459,104 @@ __global__ void __launch_bounds__(kThreads) attention_spread_kernel(AttentionArg
     const uint32_t keys = shared_address(shared);
     const uint32_t values = keys + Shared::kValues;
     char* weights = shared + Shared::kWeights;
-    auto& parts = *reinterpret_cast<TileParts*>(shared + Shared::kParts);
-    auto* tile_sum = reinterpret_cast<float4*>(shared + Shared::kSum);  // [kSpread][kRows]
-    auto* tile_max = reinterpret_cast<float*>(shared + Shared::kMax);   // [kSpread][kRows]
+    auto* parts = reinterpret_cast<TileParts*>(shared + Shared::kParts);  // [kOwn]
+    auto* tile_sum = reinterpret_cast<float4*>(shared + Shared::kSum);    // [kTiles][kRows]
+    auto* tile_max = reinterpret_cast<float*>(shared + Shared::kMax);     // [kTiles][kRows]
     const int part_tile = static_cast<int>(threadIdx.x) / kRows;
     const int part_row = static_cast<int>(threadIdx.x) % kRows;
 
-    const auto load_keys = [&](int32_t first) {
-        const int32_t tile = first + block;
-        if (tile < d.tiles) {
-            const int32_t pages = tile_pages(a, d.sequence, tile, d.last_key);
-            load_key_tile<kHeadDim, kThreads>(
-                a, keys, a.k_pages, pages, d.kv_head, tile, d.last_key
+    // Of the round that starts with tile `first`, the tiles in [begin, end).
+    const auto load_keys = [&](int32_t first, int32_t begin, int32_t end) {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+            const int32_t tile = first + block + kSpread * i;
+            if (tile >= begin && tile < end) {
+                const int32_t pages = tile_pages(a, d.sequence, tile, d.last_key);
+                load_key_tile<kHeadDim, kThreads>(
+                    a,
+                    keys + i * Tile<kHeadDim>::kBytes,
+                    a.k_pages,
+                    pages,
+                    d.kv_head,
+                    tile,
+                    d.last_key
+                );
+            }
+        }
+        copy_async_commit();
+    };
+    const auto load_values = [&](int32_t first, int32_t begin, int32_t end) {
+        if (first < d.tiles) {
+            load_value_slice<kHeadDim>(
+                a, d, values, first, begin - first, min(end - first, Shared::kTiles), block
             );
         }
         copy_async_commit();
     };
-    const auto load_values = [&](int32_t first) {
-        if (first < d.tiles) {
-            load_value_slice<kHeadDim>(a, d, values, first, min(kSpread, d.tiles - first), block);
-        }
-        copy_async_commit();
-    };
-    const bool first_round_is_old = d.tiles > kSpread;
-    if (!first_round_is_old) {
-        wait_for_predecessor();
-    }
-    load_keys(0);
-    load_values(0);
-    if (first_round_is_old) {
-        wait_for_predecessor();
-    }
+    const int32_t old = d.tiles - 1;  // tiles that no kernel under way writes to
+    load_keys(0, 0, old);
+    load_values(0, 0, old);
+    wait_for_predecessor();
+    load_keys(0, old, d.tiles);
+    load_values(0, old, d.tiles);
     uint32_t q[kHeadDim / 16][4];
     load_heads<kHeadDim>(q, a, d);
     SoftmaxRow row[2];
     float o[1][4] = {};
-    for (int32_t first = 0; first < d.tiles; first += kSpread) {
-        const int32_t count = min(kSpread, d.tiles - first);
+    for (int32_t first = 0; first < d.tiles; first += Shared::kTiles) {
+        const int32_t count = min(Shared::kTiles, d.tiles - first);
+        const int32_t next = first + Shared::kTiles;
         copy_async_wait<1>();
         __syncthreads();  // Keys are there.
-        float s[4][4];
-        if (block < count) {
-            score_block<kHeadDim>(s, q, keys, first + block, d.last_key, parts);
+        float s[kOwn][4][4];
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+            const int tile = block + kSpread * i;
+            if (tile < count) {
+                const uint32_t of_tile = keys + i * Tile<kHeadDim>::kBytes;
+                score_block<kHeadDim>(s[i], q, of_tile, first + tile, d.last_key, parts[i]);
+            }
         }
         cluster_sync();  // All blocks' maxima are there; the keys are done with.
-        load_keys(first + kSpread);
-        if (part_tile < count) {
-            tile_max[threadIdx.x] = max_of(load_floats_from_block(parts.max[part_row], part_tile));
+        load_keys(next, next, d.tiles);
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+            if (part_tile + kSpread * i < count) {
+                tile_max[threadIdx.x + kThreads * i] =
+                    max_of(load_floats_from_block(parts[i].max[part_row], part_tile));
+            }
         }
         __syncthreads();
-        if (block < count) {
-            SoftmaxRow reached[2] = {row[0], row[1]};
-            for (int t = 0; t <= block; ++t) {
-                reached[0].raise(tile_max[t * kRows + g], a.scale_log2);
-                reached[1].raise(tile_max[t * kRows + g + 8], a.scale_log2);
+        SoftmaxRow reached[2] = {row[0], row[1]};
+        int raised = 0;
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+            const int tile = block + kSpread * i;
+            if (tile < count) {
+                for (; raised <= tile; ++raised) {
+                    reached[0].raise(tile_max[raised * kRows + g], a.scale_log2);
+                    reached[1].raise(tile_max[raised * kRows + g + 8], a.scale_log2);
+                }
+                weigh_block(s[i], reached, a.scale_log2, weights + tile * kWeightTile, parts[i]);
             }
-            weigh_block(s, reached, a.scale_log2, weights + block * kWeightTile, parts);
         }
         cluster_sync();  // All blocks' weights and sums are there.
-        if (part_tile < count) {
-            const float4 s0 = load_floats_from_block(&parts.sum[0][part_row], part_tile);
-            const float4 s1 = load_floats_from_block(&parts.sum[1][part_row], part_tile);
-            const float4 s2 = load_floats_from_block(&parts.sum[2][part_row], part_tile);
-            const float4 s3 = load_floats_from_block(&parts.sum[3][part_row], part_tile);
-            tile_sum[threadIdx.x] = float4{
-                join_blocks(s0.x, s1.x, s2.x, s3.x),
-                join_blocks(s0.y, s1.y, s2.y, s3.y),
-                join_blocks(s0.z, s1.z, s2.z, s3.z),
-                join_blocks(s0.w, s1.w, s2.w, s3.w)};
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+            if (part_tile + kSpread * i < count) {
+                float4 sums[kWarps];
+#pragma unroll
+                for (int w = 0; w < kWarps; ++w) {
+                    sums[w] = load_floats_from_block(&parts[i].sum[w][part_row], part_tile);
+                }
+                tile_sum[threadIdx.x + kThreads * i] = float4{
+                    join_blocks(sums[0].x, sums[1].x, sums[2].x, sums[3].x),
+                    join_blocks(sums[0].y, sums[1].y, sums[2].y, sums[3].y),
+                    join_blocks(sums[0].z, sums[1].z, sums[2].z, sums[3].z),
+                    join_blocks(sums[0].w, sums[1].w, sums[2].w, sums[3].w)};
+            }
         }
-        gather_weights(weights, d.num_rows, count, block);
+        gather_weights<kOwn>(weights, d.num_rows, count, block);
         copy_async_wait<1>();
         __syncthreads();  // Weights, sums and values are there.
         for (int t = 0; t < count; ++t) {
@@ -532,7 +573,7 @@ __global__ void __launch_bounds__(kThreads) attention_spread_kernel(AttentionArg
             }
         }
         __syncthreads();  // The values are done with.
-        load_values(first + kSpread);
+        load_values(next, next, d.tiles);
     }
     if (warp < Shared::kChannels / 8) {
         store_channels<kHeadDim>(a, d, o, row, block * Shared::kChannels + 8 * warp);
@@ -542,13 +583,16 @@ __global__ void __launch_bounds__(kThreads) attention_spread_kernel(AttentionArg
 
 // ---- host ---------------------------------------------------------------------------------------
 
-// Clusters are for batches that leave the GPU idle otherwise: those whose blocks, two on a
-// multiprocessor, all run at once.
-bool spreads(int64_t units, int64_t shared_bytes, int32_t max_positions) {
-    if (max_positions <= kKeyTile || !overlaps_launches() || shared_bytes > shared_memory_limit()) {
+// Clusters are for batches that leave the GPU idle otherwise: those whose blocks, so many on a
+// multiprocessor, all run at once. `tiles`: the context has more than that.
+bool spreads(
+    int64_t units, int64_t shared_bytes, int64_t at_once, int tiles, int32_t max_positions
+) {
+    if (max_positions <= tiles * kKeyTile || !overlaps_launches() ||
+        shared_bytes > shared_memory_limit()) {
         return false;
     }
-    return units * kSpread <= int64_t{2} * device_limits().multiprocessors;
+    return units * kSpread <= at_once * device_limits().multiprocessors;
 }
 
 template <int kHeadDim>
@@ -562,12 +606,16 @@ void launch(cudaStream_t queue, const AttentionArgs& a, bool only_short, int32_t
         launch_clusters_early(cluster, kernel, grid, kThreads, shared_bytes, queue, a);
     };
     constexpr int kBytes = BlockShared<kHeadDim>::kBytes;
-    constexpr int kSpreadBytes = SpreadShared<kHeadDim>::kBytes;
+    constexpr int kSpreadBytes = SpreadShared<kHeadDim, 1>::kBytes;
+    constexpr int kDeepBytes = SpreadShared<kHeadDim, 2>::kBytes;
+    const int64_t units = a.num_tokens * a.kv_heads * groups;
     if (!only_short) {
         const int64_t rows = std::min<int64_t>(a.num_tokens, int64_t{kShortRows} * a.num_sequences);
         run(attention_decode_kernel<kHeadDim, false>, rows, 1, kBytes);
-    } else if (spreads(a.num_tokens * a.kv_heads * groups, kSpreadBytes, max_positions)) {
-        run(attention_spread_kernel<kHeadDim>, a.num_tokens, kSpread, kSpreadBytes);
+    } else if (spreads(units, kDeepBytes, 1, kSpread, max_positions)) {
+        run(attention_spread_kernel<kHeadDim, 2>, a.num_tokens, kSpread, kDeepBytes);
+    } else if (spreads(units, kSpreadBytes, 2, 1, max_positions)) {
+        run(attention_spread_kernel<kHeadDim, 1>, a.num_tokens, kSpread, kSpreadBytes);
     } else {
         run(attention_decode_kernel<kHeadDim, true>, a.num_tokens, 1, kBytes);
     }

@@ -410,9 +410,11 @@ void run_decode(Stream& stream, const DecodeShape& shape, const Tensors& in, con
     const int64_t rows = in[kSteps].shape[0];
     const AttentionParams all = decode_batch(stream, s, pages.kv, in, 0, rows, 1);
     attention(stream, all, out[0], out[1].as<float>());
-    constexpr int64_t kMany = 40;
-    const AttentionParams many = decode_batch(stream, s, pages.kv, in, 0, rows, kMany);
-    int64_t count = differing_steps(stream, many, out, 0, kMany);
+    int64_t count = 0;
+    for (const int64_t copies : {2, 40}) {
+        const AttentionParams many = decode_batch(stream, s, pages.kv, in, 0, rows, copies);
+        count += differing_steps(stream, many, out, 0, copies);
+    }
     for (int64_t row = 0; row < rows; ++row) {
         const AttentionParams alone = decode_batch(stream, s, pages.kv, in, row, row + 1, 1);
         count += differing_steps(stream, alone, out, row, 1);
