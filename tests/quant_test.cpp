@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <random>
 #include <set>
@@ -213,6 +214,27 @@ TEST(Quant, EncodeInt4TiesGoToEven) {
 }
 
 // A lane's word holds two columns that lie side by side 16 bits apart, and no two columns meet.
+TEST(Quant, SmallScalesAreBelowTheLimitInMagnitude) {
+    QuantizedMatrix w;
+    w.format = WeightFormat::kInt4;
+    w.rows = 2;
+    w.cols = 96;
+    std::vector<std::byte> bytes(1 + static_cast<size_t>(w.scale_bytes()));
+    w.scales = reinterpret_cast<const bf16*>(bytes.data() + 1);  // as in a file: at any address
+    const auto set = [&](size_t i, float scale) {
+        const bf16 value = to_bf16(scale);
+        std::memcpy(bytes.data() + 1 + i * sizeof value, &value, sizeof value);
+    };
+    for (size_t i = 0; i < 6; ++i) {
+        set(i, -0.031f);
+    }
+    EXPECT_TRUE(has_small_scales(w));
+    for (const float large : {kSmallScale, -kSmallScale, 1e30f}) {
+        set(5, large);
+        EXPECT_FALSE(has_small_scales(w)) << large;
+    }
+}
+
 TEST(Arrange, IsAPermutationOfABlock) {
     std::set<int> bits;
     for (int32_t col = 0; col < 32; ++col) {

@@ -115,6 +115,18 @@ Tensor Pass::linear(Tensor x, const LinearWeights& weights, Tensor residual, Ten
     return y;
 }
 
+Tensor Pass::linear_swiglu(Tensor x, const LinearWeights& gate, const LinearWeights& up) {
+    if (tape != nullptr) {
+        const std::vector<Tensor> both = linears(x, {&gate, &up});
+        return swiglu(both[0], both[1]);
+    }
+    const std::vector<LinearParams> params{linear_params(x, gate), linear_params(x, up)};
+    const std::vector<Tensor> outputs{
+        scratch_like(*this, x.rows(), gate.w.rows), scratch_like(*this, x.rows(), up.w.rows)};
+    return orbit::linear_swiglu(stream, params, outputs) ? outputs[0]
+                                                         : swiglu(outputs[0], outputs[1]);
+}
+
 std::vector<Tensor> Pass::linears(Tensor x, std::initializer_list<const LinearWeights*> weights) {
     std::vector<LinearParams> params;
     std::vector<Tensor> outputs;

@@ -59,6 +59,7 @@ struct Pass {
     RotatedHeads norm_rope(Tensor q, Tensor k, Tensor v, const LayerWeights& w, KvView pages);
     Tensor attention(const RotatedHeads& heads, Tensor v, KvView pages);
     Tensor swiglu(Tensor gate, Tensor up);
+    Tensor linear_swiglu(Tensor x, const LinearWeights& gate, const LinearWeights& up);
     // Mixture of experts: T tokens become T K rows sorted by expert, and T tokens again.
     Routing route(Tensor x, const MoeWeights& moe);
     // The layer's experts on the device: `moe` itself, or what was copied for these rows.

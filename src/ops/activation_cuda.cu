@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads)
     const Eight u = load_eight(up, i, count, aligned);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-        g.v[j] = __fmul_rn(__fmul_rn(g.v[j], sigmoid_f32(g.v[j])), u.v[j]);
+        g.v[j] = swiglu_of(g.v[j], u.v[j]);
     }
     store_eight(y, i, count, aligned, g);
 }

@@ -43,6 +43,7 @@ void swiglu(Stream& stream, Tensor gate, Tensor up, Tensor y);
 void swiglu_backward(Stream& stream, Tensor gate, Tensor up, Tensor dy, Tensor dgate, Tensor dup);
 void add(Stream& stream, Tensor a, Tensor b, Tensor y);
 void linear_group(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y);
+bool linear_swiglu(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y);
 void linear_backward(
     Stream& stream,
     const LinearParams& p,

@@ -87,6 +87,10 @@ void linear_group(Stream&, std::span<const LinearParams>, std::span<const Tensor
     no_cuda();
 }
 
+bool linear_swiglu(Stream&, std::span<const LinearParams>, std::span<const Tensor>) {
+    no_cuda();
+}
+
 void linear_backward(Stream&, const LinearParams&, Tensor, Tensor, bool, const AdapterGrad&) {
     no_cuda();
 }

@@ -286,6 +286,17 @@ void linear(Stream& stream, const LinearParams& p, Tensor y) {
     run_matmul(stream, m);
 }
 
+bool linear_swiglu(
+    Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y
+) {
+    CHECK_EQ(params.size(), size_t{2});
+    if (!stream.is_cpu()) {
+        return cuda::linear_swiglu(stream, params, y);
+    }
+    linear_group(stream, params, y);
+    return false;
+}
+
 void linear_group(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y) {
     CHECK_EQ(params.size(), y.size());
     if (!stream.is_cpu()) {

@@ -5,6 +5,7 @@
 #include "ops/cuda_ops.h"
 #include "ops/dense_cuda.cuh"
 #include "ops/logprob_cuda.cuh"
+#include "ops/matmul_one_row_cuda.cuh"
 
 namespace orbit::cuda {
 namespace {
@@ -295,10 +296,30 @@ void matmul(cudaStream_t queue, WeightFormat format, Direction direction, const 
     matmul_group(queue, format, direction, group);
 }
 
-void linear_group(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y) {
+namespace {
+
+bool takes_swiglu(WeightFormat format, const MatmulGroup& group) {
+    switch (format) {
+        case WeightFormat::kBF16:
+            return fits_swiglu<WeightFormat::kBF16>(group);
+        case WeightFormat::kInt4:
+            return fits_swiglu<WeightFormat::kInt4>(group);
+        case WeightFormat::kMxFp4:
+            return fits_swiglu<WeightFormat::kMxFp4>(group);
+        case WeightFormat::kNvFp4:
+            return fits_swiglu<WeightFormat::kNvFp4>(group);
+        default:
+            return false;
+    }
+}
+
+// linear_group(), or with `swiglu` linear_swiglu().
+bool run_linears(
+    Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y, bool swiglu
+) {
     CHECK_LE(params.size(), size_t{kMaxGroup});
     if (y[0].rows() == 0) {
-        return;
+        return false;
     }
     const ScratchScope scope(stream.scratch);
     MatmulGroup shrinks;
@@ -348,9 +369,27 @@ void linear_group(Stream& stream, std::span<const LinearParams> params, std::spa
         }
         if (alike.count > 0) {
             x_is_ready = false;
+            const bool as_one = swiglu && takes_swiglu(params[i].w.format, alike);
+            alike.swiglu = as_one ? activations(y[0]) : nullptr;
             weight_matmul(stream, params[i].w.format, Direction::kForward, alike);
+            if (as_one) {
+                return true;
+            }
         }
     }
+    return false;
+}
+
+}  // namespace
+
+void linear_group(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y) {
+    run_linears(stream, params, y, false);
+}
+
+bool linear_swiglu(
+    Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y
+) {
+    return run_linears(stream, params, y, true);
 }
 
 void linear_backward(

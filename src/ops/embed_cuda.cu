@@ -90,6 +90,7 @@ WeightView weight_view(const QuantizedMatrix& w) {
         scale_stride(w),
         w.global_scale,
         divides ? 1.0f / w.global_scale : 0.0f,
+        w.small_scales,
     };
 }
 

@@ -56,6 +56,9 @@ struct MatmulGroup {
     MatmulArgs args[kMaxGroup];
     int32_t first_block[kMaxGroup + 1] = {};  // of each product, and one past the last
     int32_t count = 0;
+    // Not null: of two products, gate and up, silu(gate) up [m, n], each of both rounded to bf16 as
+    // it would be stored. Only for the member for one row, where takes_swiglu().
+    bf16* swiglu = nullptr;
 };
 
 // The product that this thread block works on; `block` becomes the block's number inside it.

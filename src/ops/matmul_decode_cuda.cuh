@@ -105,7 +105,8 @@ struct WeightStream {
     uint32_t scales_into;  // and where inside it
     uint32_t lane_scales_into[2];  // of rows g, g + 8
     const char* lane_scales[2];    // of rows g, g + 8: kFp8
-    bool scales_pair = false;      // those of two neighbouring blocks can be read in one
+    // Those of two neighbouring blocks can be read in one; those of INT4 are SmallScales.
+    bool scales_pair = false;
 
     __device__ __forceinline__
     WeightStream(const WeightView& w, int32_t row0, int32_t k_begin, int32_t k_end, char* warp_ring)
@@ -150,8 +151,8 @@ struct WeightStream {
             constexpr int kPair = 2 * sizeof(ScaleWord<kFormat>);
             const auto places =
                 reinterpret_cast<uintptr_t>(w.scales) | static_cast<uintptr_t>(w.scale_stride);
-            scales_pair =
-                places % kPair == 0 && (kFormat != WeightFormat::kInt4 || w.group_shift == 5);
+            scales_pair = places % kPair == 0 && (kFormat != WeightFormat::kInt4 ||
+                                                  (w.group_shift == 5 && w.small_scales));
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 lane_scales[i] = scales_at((lane >> 2) + 8 * i);
@@ -320,6 +321,17 @@ struct ChunkRows {
                     shared_address(stage) + swizzled(lane & 15, 2 * step + (lane >> 4));
                 ldmatrix_x4(w[step][0], w[step][1], w[step][2], w[step][3], from);
             }
+        } else if constexpr (kFormat == WeightFormat::kInt4 && kPaired) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const SmallScales small(*reinterpret_cast<const uint32_t*>(scales[i] + 2 * b));
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    uint32_t pair[4];
+                    small.decode(code_word(i, b + j), j, pair);
+                    place_pairs(pair, i, j, w);
+                }
+            }
         } else {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -340,29 +352,43 @@ struct ChunkRows {
         for (int j = 0; j < 2; ++j) {
             uint32_t pair[4];
             decode_block(w, i, b + j, words[j], pair);
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                to[2 * j + c / 2][i + 2 * (c % 2)] = pair[c];
-            }
+            place_pairs(pair, i, j, to);
         }
+    }
+
+    // Those of block j of two, into the fragments.
+    static __device__ __forceinline__ void place_pairs(
+        const uint32_t (&pair)[4], int i, int j, uint32_t (&to)[4][4]
+    ) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            to[2 * j + c / 2][i + 2 * (c % 2)] = pair[c];
+        }
+    }
+
+    // Granule `index` of row i.
+    __device__ __forceinline__ const char* granule(int i, int index) const {
+        return row[i] + ((index ^ (static_cast<int>(threadIdx.x & 31) >> 2)) << 4);
+    }
+
+    // The lane's word of 4-bit codes in block b of row i.
+    __device__ __forceinline__ uint32_t code_word(int i, int b) const {
+        return *reinterpret_cast<const uint32_t*>(granule(i, b) + 4 * (threadIdx.x & 3));
     }
 
     // Block b of row i: pair c is columns 2q + 8c, 2q + 8c + 1. `scale_word`: its ScaleWord.
     __device__ __forceinline__ void decode_block(
         const WeightView& w, int i, int b, uint32_t scale_word, uint32_t (&pair)[4]
     ) const {
-        const int lane = threadIdx.x & 31;
-        const int q = lane & 3;
-        const auto granule = [&](int index) { return row[i] + ((index ^ ((lane >> 2) & 7)) << 4); };
+        const int q = static_cast<int>(threadIdx.x & 3);
         if constexpr (kFormat == WeightFormat::kFp8) {
             const PairScale<kFormat> s(w, scale_word, 0);
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
-                pair[c] = s.pair(read_u16(granule(2 * b + c / 2) + 8 * (c % 2) + 2 * q));
+                pair[c] = s.pair(read_u16(granule(i, 2 * b + c / 2) + 8 * (c % 2) + 2 * q));
             }
         } else if constexpr (kScalesApart<kFormat>) {
-            const auto word = *reinterpret_cast<const uint32_t*>(granule(b) + 4 * q);
-            decode_word<kFormat>(w, word, scale_word, pair);
+            decode_word<kFormat>(w, code_word(i, b), scale_word, pair);
         } else {
             decode_quad<kFormat>(row[i] + b * Layout::kBlock, q, pair);
         }

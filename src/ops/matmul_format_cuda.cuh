@@ -3,6 +3,7 @@
 
 #include "ops/matmul_decode_cuda.cuh"
 #include "ops/matmul_narrow_cuda.cuh"
+#include "ops/matmul_one_row_cuda.cuh"
 #include "ops/matmul_wgmma_cuda.cuh"
 
 namespace orbit::cuda {
@@ -210,6 +211,10 @@ void matmul_format(cudaStream_t queue, Direction direction, MatmulGroup& group) 
         segmented = segmented || a.segment < a.k;
     }
     const bool forward = direction == Direction::kForward;
+    if (forward && launch_one_row<kFormat>(queue, group)) {
+        return;
+    }
+    CHECK(group.swiglu == nullptr);
     if (!aligned) {
         for (int32_t i = 0; i < group.count; ++i) {
             if (forward) {

@@ -27,6 +27,7 @@ struct WeightView {
     // kNvFp4. The inverse is 0 where the global scale multiplies.
     float global_scale;
     float global_inverse;
+    bool small_scales;  // kInt4: SmallScales may be used
 };
 
 template <WeightFormat kFormat>
@@ -355,6 +356,41 @@ __device__ __forceinline__ void decode_word(
         pair[2 * half + 1] = s.pair(word >> (8 * half + 4));
     }
 }
+
+// decode_word() of INT4 in 11 instead of 15 instructions, for scales below kSmallScale, of two
+// neighbouring blocks side by side in `two`. A code in the low bits of a bf16 is a subnormal
+// number, so that one multiply-add with a scale as much larger, and with -8 scales, gives the
+// code's value rounded once. Larger scales would pass bf16's range. A value of 0 is +0 where
+// decode_word() may give -0, which no product can tell apart.
+struct SmallScales {
+    __nv_bfloat162 low;     // 2^133 scale: for codes in bits 0-3
+    __nv_bfloat162 high;    // 2^129 scale: for codes in bits 4-7
+    __nv_bfloat162 offset;  // -8 scale
+
+    explicit __device__ __forceinline__ SmallScales(uint32_t two) {
+        __nv_bfloat162 scales;
+        memcpy(&scales, &two, 4);
+        high = __hmul2_rn(__hmul2_rn(scales, both_halves(0x7f00u)), both_halves(0x4080u));
+        low = __hmul2_rn(high, both_halves(0x4180u));
+        offset = __hmul2_rn(scales, both_halves(0xc100u));
+    }
+
+    // A word of block 0 or 1.
+    __device__ __forceinline__ void decode(uint32_t word, int block, uint32_t (&pair)[4]) const {
+        const auto of_block = [&](__nv_bfloat162 two) {
+            return block == 0 ? __low2bfloat162(two) : __high2bfloat162(two);
+        };
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t bits =
+                (i < 2 ? word : word >> 8) & (i % 2 == 0 ? 0x000f000fu : 0x00f000f0u);
+            __nv_bfloat162 code;
+            memcpy(&code, &bits, 4);
+            code = __hfma2(code, of_block(i % 2 == 0 ? low : high), of_block(offset));
+            memcpy(&pair[i], &code, 4);
+        }
+    }
+};
 
 // Decodes to 16 packed pairs: out[i] = columns 2i, 2i + 1.
 template <WeightFormat kFormat>

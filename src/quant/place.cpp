@@ -34,6 +34,8 @@ QuantizedMatrix copied_to(
     copy_bytes(stream, place, data, host.data, data_bytes(host));
     arrange_codes(stream, host, data, data_bytes(host));
     placed.data = data;
+    placed.small_scales =
+        host.format == WeightFormat::kInt4 && !stream.is_cpu() && has_small_scales(host);
     if (scales != nullptr) {
         const bool is_int4 = host.format == WeightFormat::kInt4;
         const void* from = is_int4 ? host.scales : host.block_scales;

@@ -233,6 +233,18 @@ void decode_bf16(const QuantizedMatrix& w, int64_t row, int64_t begin, int64_t c
     }
 }
 
+bool has_small_scales(const QuantizedMatrix& w) {
+    CHECK(w.format == WeightFormat::kInt4);
+    const auto* bytes = reinterpret_cast<const std::byte*>(w.scales);
+    uint16_t largest = 0;
+    for (int64_t at = 0; at < w.scale_bytes(); at += 2) {
+        uint16_t bits = 0;
+        std::memcpy(&bits, bytes + at, sizeof bits);
+        largest = std::max(largest, static_cast<uint16_t>(bits & 0x7fff));
+    }
+    return largest < to_bf16(kSmallScale).bits;
+}
+
 void encode_int4(
     const float* row, int64_t cols, int32_t group_size, uint32_t* words, bf16* scales
 ) {

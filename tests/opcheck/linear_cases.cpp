@@ -6,6 +6,7 @@
 
 #include "opcheck/cases.h"
 #include "opcheck/weights.h"
+#include "ops/activation.h"
 #include "ops/dense.h"
 
 namespace orbit::opcheck {
@@ -273,6 +274,32 @@ Case head_dx_case(const Shape& s, Random& random) {
     return c;
 }
 
+// silu(gate) up: few rows in one launch, more by products and swiglu() apart; the same bits.
+Case swiglu_case(const Shape& s, Random& random) {
+    const TestWeight gate = make_weight(s.format, s.out, s.in, random);
+    const TestWeight up = make_weight(s.format, s.out, s.in, random);
+    Case c = linear_case(s, gate, random);
+    c.op = "linear_swiglu";
+    const Case other = linear_case(s, up, random);
+    const auto of_gate = static_cast<int64_t>(c.inputs.size());
+    c.inputs.insert(c.inputs.end(), other.inputs.begin() + kData, other.inputs.end());
+    c.run = [s, gate = gate.shape, up = up.shape, of_gate](
+                Stream& stream, const Tensors& in, const Tensors& out
+            ) {
+        Tensors of_up{in[kX]};
+        of_up.insert(of_up.end(), in.begin() + of_gate, in.end());
+        const std::vector<LinearParams> params{params_of(s, gate, in), params_of(s, up, of_up)};
+        const ScratchScope scope(stream.scratch);
+        const Tensor up_y = stream.scratch.take(out[0].dtype, {out[0].rows(), out[0].cols()});
+        const Tensors y{out[0], up_y};
+        if (!linear_swiglu(stream, params, y)) {
+            swiglu(stream, out[0], up_y, out[0]);
+        }
+    };
+    c.backward = nullptr;
+    return c;
+}
+
 void add_case(CaseList& cases, const Shape& s) {
     Random random(cases.size() + 1);
     cases.push_back(linear_case(s, make_weight(s.format, s.out, s.in, random), random));
@@ -449,6 +476,9 @@ void add_gpu_cases(CaseList& cases) {
               Shape{format, 1290, 1312, 4200}}) {
             add_rows_case(cases, "linear_dx", s, dx_case);
         }
+        add_f32_out({format, 6, 1792, 136});  // a row alone: whole chunks, more than the ring holds
+        add_f32_out({format, 3, 7168, 56});
+        add_linear({format, 5, 3072, 200, bf16_type, AdapterKind::kLora, 16, true, true});
         add_linear({format, 40, 4352, 200, bf16_type, AdapterKind::kLora, 16, true, true});
         add_linear({format, 20, 1088, 192, bf16_type, AdapterKind::kLora, 40, false, true});
         add_linear({format, 61, 2304, 320, bf16_type, AdapterKind::kLora, 16, true, true});
@@ -456,6 +486,14 @@ void add_gpu_cases(CaseList& cases) {
         add_linear({format, 200, 2304, 192, bf16_type, AdapterKind::kLora, 32, false, true});
         add_linear({format, 200, 1088, 192, bf16_type, AdapterKind::kOft, 32, true, true});
         add_linear({format, 600, 2304, 192, bf16_type, AdapterKind::kOft, 128});
+        for (const Shape& s :
+             {Shape{format, 100, 1056, 320, bf16_type, AdapterKind::kLora, 16, true},
+              Shape{format, 61, 1088, 8224},
+              Shape{format, 3, 1280, 328, bf16_type, AdapterKind::kLora, 16, true},
+              Shape{format, 1100, 1056, 2000},  // decoded first
+              Shape{format, 27, 320, 160, bf16_type, AdapterKind::kLora, 40}}) {
+            add_rows_case(cases, "linear_swiglu", s, swiglu_case);
+        }
     };
     add_all(WeightFormat::kBF16);
     for (const WeightFormat format : kPackedFormats) {

@@ -40,10 +40,10 @@ void add_plain(WeightFormat format, int64_t count, Random& random, TestWeight& w
     }
 }
 
-void add_int4_row(int64_t cols, int64_t group, Random& random, TestWeight& w) {
+void add_int4_row(int64_t cols, int64_t group, float most, Random& random, TestWeight& w) {
     std::vector<float> scales;
     for (int64_t g = 0; g < cols / group; ++g) {
-        const bf16 scale = to_bf16(random.uniform(0.01f, 0.05f));
+        const bf16 scale = to_bf16(random.uniform(0.01f, most));
         append(w.scales, scale);
         scales.push_back(to_float(scale));
     }
@@ -155,8 +155,10 @@ TestWeight make_weight(WeightFormat format, int64_t rows, int64_t cols, Random& 
             break;
         case WeightFormat::kInt4:
             w.shape.group_size = cols % 32 == 0 ? 32 : 16;
+            w.shape.small_scales = rows % 16 != 0;
             for (int64_t row = 0; row < rows; ++row) {
-                add_int4_row(cols, w.shape.group_size, random, w);
+                const float most = w.shape.small_scales ? 0.9f * kSmallScale : 0.05f;
+                add_int4_row(cols, w.shape.group_size, most, random, w);
             }
             break;
         case WeightFormat::kFp8:

@@ -65,6 +65,10 @@ __device__ __forceinline__ float sigmoid_f32(float x) {
     return __frcp_rn(__fadd_rn(1.0f, exp_f32(-x)));
 }
 
+__device__ __forceinline__ float swiglu_of(float gate, float up) {
+    return __fmul_rn(__fmul_rn(gate, sigmoid_f32(gate)), up);
+}
+
 // Sums over the 32 lanes in the fixed butterfly order; all lanes get the result.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {

@@ -50,6 +50,13 @@ __device__ __forceinline__ void copy_async_16(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+// 4, 8 or 16 bytes; `to` and `from` are multiples of as many.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes)
+                 : "memory");
+}
+
 __device__ __forceinline__ void prefetch_to_l2(const void* at) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }

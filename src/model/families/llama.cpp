@@ -20,8 +20,7 @@ Tensor llama_attention(Pass& pass, const LayerWeights& w, KvView pages, Tensor x
 Tensor llama_layer(Pass& pass, const LayerWeights& w, KvView pages, Tensor x_TD, Tensor out_TD) {
     const Tensor h_TD = llama_attention(pass, w, pages, x_TD);
     const Tensor m_TD = pass.rms_norm(h_TD, w.post_attention_norm);
-    const std::vector<Tensor> gate_up = pass.linears(m_TD, {&w.gate, &w.up});
-    const Tensor y_TI = pass.swiglu(gate_up[0], gate_up[1]);
+    const Tensor y_TI = pass.linear_swiglu(m_TD, w.gate, w.up);
     return pass.linear(y_TI, w.down, h_TD, out_TD);
 }
 

@@ -1,0 +1,476 @@
+// Member D for one row of x, the decode step of a single sequence; what does not fit takes
+// matmul_decode_cuda.cuh. A warp's ring holds chunks of 16 rows of the weight, their scales and x's
+// columns, laid out so that all offsets inside a chunk are constants. What runs outside the loop is
+// kept short, because it runs once and none of it is in the caches of instructions.
+#pragma once
+
+#include "device/cuda/math.cuh"
+#include "ops/matmul_decode_cuda.cuh"
+
+namespace orbit::cuda {
+
+template <WeightFormat kFormat>
+constexpr bool kHasOneRow = kFormat == WeightFormat::kBF16 || kFormat == WeightFormat::kInt4 ||
+                            kFormat == WeightFormat::kMxFp4 || kFormat == WeightFormat::kNvFp4;
+
+template <WeightFormat kFormat>
+struct OneRowLayout {
+    static constexpr int kRowBytes = 128;  // of the weight, in a chunk
+    static constexpr int kChunk = kRowBytes / BlockBytes<kFormat>::value * 32;  // columns
+    static constexpr int kSteps = kChunk / 64;
+    // A column of the lanes' rows lies in different banks: bf16's granules are permuted
+    // (swizzled()), codes have 16 bytes more than a row, which leaves their places constant.
+    static constexpr bool kSwizzles = kFormat == WeightFormat::kBF16;
+    static constexpr int kStride = kSwizzles ? kRowBytes : kRowBytes + 16;
+    static constexpr int kScales =
+        kScalesApart<kFormat>  // bytes of a row's, in a chunk
+            ? kChunk / (kFormat == WeightFormat::kNvFp4 ? 16 : 32) * kScaleBytes<kFormat>
+            : 0;
+    static constexpr int kScalesAt = 16 * kStride;
+    static constexpr int kXAt = kScalesAt + 16 * kScales;
+    static constexpr int kStageBytes = kXAt + kChunk * 2;
+    static_assert(kScales == 0 || kScales == 8 || kScales == 16);
+};
+
+// The warp's 16 rows of the weight from row0 on, and x: `chunks` chunks of columns from k_begin on.
+template <WeightFormat kFormat, int kStages>
+struct OneRowStream {
+    using Layout = OneRowLayout<kFormat>;
+    const char* weight[4];  // of rows lane / 8 + 4i: the granule that this lane copies next
+    const char* scales;     // of row lane
+    const char* x;
+    char* ring;
+    uint32_t fill = 0;  // the stage that is copied next, in bytes from the ring's start
+    uint32_t read = 0;  // the stage that is read
+    int32_t left;       // chunks that are still to be copied
+
+    // Rows past the end repeat the last one.
+    __device__ __forceinline__
+    OneRowStream(const MatmulArgs& a, int32_t row0, int32_t k_begin, int32_t chunks, char* at)
+        : ring(at), left(chunks) {
+        const int lane = threadIdx.x & 31;
+        const int64_t start = static_cast<int64_t>(k_begin / 32) * BlockBytes<kFormat>::value;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int32_t row = min(row0 + (lane >> 3) + 4 * i, a.w.rows - 1);
+            weight[i] = reinterpret_cast<const char*>(a.w.data) + row * a.w.row_bytes + start +
+                        (lane & 7) * 16;
+        }
+        if constexpr (kScalesApart<kFormat>) {
+            const int32_t row = min(row0 + (lane & 15), a.w.rows - 1);
+            scales = reinterpret_cast<const char*>(scale_row<kFormat>(a.w, row)) +
+                     scale_offset<kFormat>(a.w, k_begin);
+        }
+        x = reinterpret_cast<const char*>(a.x + k_begin) + lane * 16;
+    }
+
+    static __device__ __forceinline__ uint32_t after(uint32_t stage) {
+        constexpr uint32_t kLast = (kStages - 1) * Layout::kStageBytes;
+        return stage == kLast ? 0 : stage + Layout::kStageBytes;
+    }
+
+    __device__ __forceinline__ void copy_weight(uint32_t stage) {
+        const int lane = threadIdx.x & 31;
+        const int row = lane >> 3;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int granule = Layout::kSwizzles ? (lane & 7) ^ (row + 4 * (i % 2)) : lane & 7;
+            copy_async_16(stage + (row + 4 * i) * Layout::kStride + granule * 16, weight[i]);
+            weight[i] += Layout::kRowBytes;
+        }
+        if constexpr (Layout::kScales > 0) {
+            if (lane < 16) {
+                copy_async<Layout::kScales>(
+                    stage + Layout::kScalesAt + lane * Layout::kScales, scales
+                );
+            }
+            scales += Layout::kScales;
+        }
+    }
+
+    __device__ __forceinline__ void copy_x(uint32_t stage) {
+        const int lane = threadIdx.x & 31;
+        constexpr int kLanes = Layout::kChunk * 2 / 16;
+        if (kLanes >= 32 || lane < kLanes) {
+            copy_async_16(stage + Layout::kXAt + lane * 16, x);
+        }
+        x += Layout::kChunk * 2;
+    }
+
+    // The first chunks but for x: the weights are constant, and need not wait for other kernels.
+    __device__ __forceinline__ void start_weights() {
+        const uint32_t base = shared_address(ring);
+#pragma unroll 1
+        for (int c = 0; c < kStages - 1; ++c) {
+            if (c < left) {
+                copy_weight(base + c * Layout::kStageBytes);
+            }
+            copy_async_commit();
+        }
+    }
+
+    __device__ __forceinline__ void start_x() {
+        const uint32_t base = shared_address(ring);
+#pragma unroll 1
+        for (int c = 0; c < kStages - 1; ++c) {
+            if (c < left) {
+                copy_x(base + c * Layout::kStageBytes);
+            }
+            copy_async_commit();
+        }
+        left -= kStages - 1;
+        fill = (kStages - 1) * Layout::kStageBytes;
+    }
+
+    // The next chunk is in the ring, and another one on its way, into the stage before it.
+    __device__ __forceinline__ const char* next() {
+        copy_async_wait<kStages - 2>();
+        __syncwarp();  // Every lane's bytes are there, and every lane left the stage before.
+        if (left > 0) {
+            const uint32_t stage = shared_address(ring) + fill;
+            copy_weight(stage);
+            copy_x(stage);
+        }
+        copy_async_commit();
+        fill = after(fill);
+        --left;
+        const char* chunk = ring + read;
+        read = after(read);
+        return chunk;
+    }
+};
+
+// Columns [64 step, 64 step + 64) of a chunk: the M side of four k16 steps.
+template <WeightFormat kFormat>
+__device__ __forceinline__ void one_row_fragments(
+    const WeightView& view, const char* chunk, int step, uint32_t (&w)[4][4]
+) {
+    using Layout = OneRowLayout<kFormat>;
+    const int lane = threadIdx.x & 31;
+    if constexpr (kFormat == WeightFormat::kBF16) {
+        const uint32_t from = shared_address(chunk);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t at = from + swizzled(lane & 15, 2 * i + (lane >> 4));
+            ldmatrix_x4(w[i][0], w[i][1], w[i][2], w[i][3], at);
+        }
+    } else {
+        constexpr int kBits = 8 * sizeof(ScaleWord<kFormat>);
+        using Two = std::conditional_t<kBits == 8, uint16_t, uint32_t>;
+        const char* codes = chunk + (lane >> 2) * Layout::kStride + (lane & 3) * 4 + step * 32;
+        const char* scales =
+            chunk + Layout::kScalesAt + (lane >> 2) * Layout::kScales + step * sizeof(Two);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {  // rows lane / 4 and lane / 4 + 8
+            const uint32_t two = *reinterpret_cast<const Two*>(scales + 8 * i * Layout::kScales);
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+                const auto word =
+                    *reinterpret_cast<const uint32_t*>(codes + 8 * i * Layout::kStride + 16 * b);
+                uint32_t pair[4];
+                if constexpr (kFormat == WeightFormat::kInt4) {
+                    SmallScales(two).decode(word, b, pair);
+                } else {
+                    const uint32_t scale = b == 0 ? two & ((1u << kBits) - 1) : two >> kBits;
+                    decode_word<kFormat>(view, word, scale, pair);
+                }
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    w[2 * b + c / 2][i + 2 * (c % 2)] = pair[c];
+                }
+            }
+        }
+    }
+}
+
+template <WeightFormat kFormat, int kStages>
+__device__ __forceinline__ void multiply_one_row(
+    const WeightView& view, OneRowStream<kFormat, kStages>& stream, int32_t chunks, float (&acc)[4]
+) {
+    using Layout = OneRowLayout<kFormat>;
+    const int lane = threadIdx.x & 31;
+#pragma unroll 1
+    for (int32_t c = 0; c < chunks; ++c) {
+        const char* chunk = stream.next();
+        const uint32_t x_at = shared_address(chunk) + Layout::kXAt + (lane >> 3) * 16;
+#pragma unroll
+        for (int step = 0; step < Layout::kSteps; ++step) {
+            uint32_t x[2][4];  // of the N side every column is this row; the first is stored
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                ldmatrix_x4(x[i][0], x[i][1], x[i][2], x[i][3], x_at + step * 128 + i * 64);
+            }
+            uint32_t w[4][4];
+            one_row_fragments<kFormat>(view, chunk, step, w);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                mma_16816(acc, w[i], x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
+            }
+        }
+    }
+}
+
+// The end of a warp's product: lanes 4 g have the sums of rows g and g + 8 (of its 16) and x's row.
+struct OneRowEnd {
+    LoraOperands<1> lora = {};
+    float added[2][2] = {};  // bias and residual of the two rows
+
+    static __device__ __forceinline__ int32_t row_of(int32_t row0, int i) {
+        return row0 + static_cast<int32_t>(threadIdx.x & 31) / 4 + 8 * i;
+    }
+
+    // lora.load_b() in fewer instructions, where the rank allows it.
+    __device__ __forceinline__ void load_b(const MatmulArgs& a, int32_t row0, int32_t k) {
+        const Epilogue& e = a.epilogue;
+        if (e.rank != e.ldu || e.ldb % 2 != 0) {
+            return lora.load_b(a, row0, k);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int32_t row = min(row_of(row0, i), a.n - 1);
+            const bf16* at =
+                e.lora_b + static_cast<int64_t>(row) * e.ldb + k + 2 * (threadIdx.x & 3);
+            lora.b[i] = *reinterpret_cast<const uint32_t*>(at);
+            lora.b[i + 2] = *reinterpret_cast<const uint32_t*>(at + 8);
+        }
+    }
+
+    // What is there before LoRA's u.
+    __device__ __forceinline__ void load_early(const MatmulArgs& a, int32_t row0) {
+        const Epilogue& e = a.epilogue;
+        if (e.lora_u != nullptr) {
+            load_b(a, row0, 0);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int32_t n = row_of(row0, i);
+            if (e.bias != nullptr && n < a.n) {
+                added[i][0] = e.bias[n];
+            }
+            if (e.residual != nullptr && n < a.n) {
+                added[i][1] = to_float(e.residual[n]);
+            }
+        }
+    }
+
+    // sums[i]: of row g + 8 i, in the lanes 4 g. They become what is stored.
+    __device__ __forceinline__ void finish(const MatmulArgs& a, int32_t row0, float (&sums)[2]) {
+        const Epilogue& e = a.epilogue;
+        float low_rank[4] = {};
+        if (e.lora_u != nullptr) {
+#pragma unroll 1
+            for (int32_t k = 0;;) {
+                lora.load_u(a, 0, k);
+                mma_16816(low_rank, lora.b, lora.u[0][0], lora.u[0][1]);
+                k += 16;
+                if (k >= e.ldu) {
+                    break;
+                }
+                load_b(a, row0, k);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            sums[i] = add_lora(e, sums[i], low_rank[2 * i]);
+            sums[i] = e.bias != nullptr ? __fadd_rn(sums[i], added[i][0]) : sums[i];
+            sums[i] = e.residual != nullptr ? __fadd_rn(sums[i], added[i][1]) : sums[i];
+        }
+    }
+
+    // Rows from n on are zeros.
+    static __device__ __forceinline__ void store(
+        const MatmulArgs& a, int32_t row0, const float (&values)[2]
+    ) {
+        const Epilogue& e = a.epilogue;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int32_t n = row_of(row0, i);
+            if ((threadIdx.x & 3) != 0 || n >= e.columns) {
+                continue;
+            }
+            const float v = n < a.n ? values[i] : 0.0f;
+            if (e.f32_out) {
+                static_cast<float*>(e.y)[n] = v;
+            } else {
+                static_cast<bf16*>(e.y)[n] = round_bf16(v);
+            }
+        }
+    }
+};
+
+constexpr int kOneRowWarps = 4;
+
+// The sums of each warp of a block, in shared memory.
+struct OneRowShares {
+    float of_row[kOneRowWarps][kDecodeRows];
+
+    // Then for all warps to read.
+    __device__ __forceinline__ void publish(int warp, const float (&sums)[2]) {
+        const int lane = static_cast<int>(threadIdx.x) & 31;
+        if ((lane & 3) == 0) {
+            of_row[warp][lane / 4] = sums[0];
+            of_row[warp][lane / 4 + 8] = sums[1];
+        }
+        __syncthreads();
+    }
+
+    // Those of kSegments warps in ascending order.
+    __device__ __forceinline__ void add_segments(float (&sums)[2]) const {
+        const int g = (static_cast<int>(threadIdx.x) & 31) / 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            sums[i] = 0.0f;
+#pragma unroll
+            for (int s = 0; s < kSegments; ++s) {
+                sums[i] = __fadd_rn(sums[i], of_row[s][g + 8 * i]);
+            }
+        }
+    }
+
+    // Of warp `gate` and the next one, up.
+    __device__ __forceinline__ void store_swiglu(int gate, int32_t row0, int32_t n, bf16* y) const {
+        const int lane = static_cast<int>(threadIdx.x) & 31;
+        if (lane < kDecodeRows && row0 + lane < n) {
+            y[row0 + lane] = round_bf16(swiglu_of(
+                to_float(round_bf16(of_row[gate][lane])),
+                to_float(round_bf16(of_row[gate + 1][lane]))
+            ));
+        }
+    }
+};
+
+static_assert(kOneRowWarps == kSegments);
+
+// Warps side by side share 16 weight rows: those of the segments, or with swiglu gate's and up's.
+template <WeightFormat kFormat, int kStages>
+__global__ void __launch_bounds__(kOneRowWarps * 32)
+    matmul_one_row_kernel(const __grid_constant__ MatmulGroup group) {
+    extern __shared__ __align__(1024) char shared[];
+    __shared__ OneRowShares shares;
+    using Layout = OneRowLayout<kFormat>;
+    int32_t block = 0;
+    const MatmulArgs& own = product_of_block(group, block);
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const bool swiglu = group.swiglu != nullptr;
+    const MatmulArgs& a = swiglu ? group.args[warp & 1] : own;
+    const bool cut = a.segment < a.k;
+    const int sharing = swiglu ? 2 : cut ? kSegments : 1;
+    const int share = warp % sharing;
+    const int32_t row0 = (block * (kOneRowWarps / sharing) + warp / sharing) * kDecodeRows;
+    const int32_t k_begin = cut ? share * a.segment : 0;
+    const int32_t k_end = cut ? min(a.k, k_begin + a.segment) : a.k;
+    const bool works = row0 < a.epilogue.columns;
+    const bool ends = works && (swiglu || share == 0);
+    const int32_t chunks = works ? (k_end - k_begin) / Layout::kChunk : 0;
+    if (!a.releases_late) {
+        release_successor();
+    }
+    OneRowStream<kFormat, kStages> stream(
+        a, row0, k_begin, chunks, shared + warp * kStages * Layout::kStageBytes
+    );
+    stream.start_weights();
+    if (!a.x_is_ready) {
+        wait_for_predecessor();
+    }
+    if (a.releases_late) {
+        release_successor();
+    }
+    stream.start_x();
+    OneRowEnd end;
+    if (ends) {
+        end.load_early(a, row0);
+    }
+    float acc[4] = {};
+    multiply_one_row(a.w, stream, chunks, acc);
+    if (a.x_is_ready) {
+        wait_for_predecessor();
+    }
+    float sums[2] = {acc[0], acc[2]};
+    if (cut) {
+        shares.publish(warp, sums);
+        shares.add_segments(sums);
+    }
+    if (ends) {
+        end.finish(a, row0, sums);
+    }
+    if (swiglu) {
+        shares.publish(warp, sums);
+        if (share == 0) {
+            shares.store_swiglu(warp, row0, a.n, group.swiglu);
+        }
+    } else if (ends) {
+        OneRowEnd::store(a, row0, sums);
+    }
+}
+
+// Whether the layout above takes this product.
+template <WeightFormat kFormat>
+bool fits_one_row(const MatmulArgs& a) {
+    if constexpr (kHasOneRow<kFormat>) {
+        using Layout = OneRowLayout<kFormat>;
+        const int32_t segments = num_segments(a.k, a.segment);
+        const auto address =
+            reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.w.data);
+        bool fits = a.m == 1 && address % 16 == 0 && a.k % Layout::kChunk == 0 &&
+                    (segments == 1 || (segments == kSegments && a.segment % Layout::kChunk == 0));
+        if constexpr (Layout::kScales > 0) {
+            const auto places =
+                reinterpret_cast<uintptr_t>(a.w.scales) | static_cast<uintptr_t>(a.w.scale_stride);
+            fits = fits && places % Layout::kScales == 0 &&
+                   (kFormat != WeightFormat::kInt4 || (a.w.group_shift == 5 && a.w.small_scales));
+        }
+        return fits;
+    }
+    return false;
+}
+
+template <WeightFormat kFormat, int kStages>
+void launch_one_row_stages(cudaStream_t queue, const MatmulGroup& group, int64_t blocks) {
+    const auto kernel = matmul_one_row_kernel<kFormat, kStages>;
+    const size_t shared = kOneRowWarps * kStages * OneRowLayout<kFormat>::kStageBytes;
+    allow_shared_memory(kernel, shared);
+    launch_early(kernel, dim3(grid_dim(blocks)), kOneRowWarps * 32, shared, queue, group);
+}
+
+// Whether two products can be one of a MatmulGroup with `swiglu`.
+template <WeightFormat kFormat>
+bool fits_swiglu(const MatmulGroup& group) {
+    const MatmulArgs& gate = group.args[0];
+    const MatmulArgs& up = group.args[1];
+    return group.count == 2 && gate.n == up.n && gate.k == up.k && gate.segment >= gate.k &&
+           fits_one_row<kFormat>(gate) && fits_one_row<kFormat>(up);
+}
+
+// False: not for these products.
+template <WeightFormat kFormat>
+bool launch_one_row(cudaStream_t queue, MatmulGroup& group) {
+    if constexpr (kHasOneRow<kFormat>) {
+        const bool swiglu = group.swiglu != nullptr;  // all blocks are the first product's
+        int64_t blocks = 0;
+        for (int32_t i = 0; i < group.count; ++i) {
+            const MatmulArgs& a = group.args[i];
+            if (!fits_one_row<kFormat>(a)) {
+                return false;
+            }
+            const int sharing = swiglu ? 2 : num_segments(a.k, a.segment);
+            group.first_block[i] = static_cast<int32_t>(blocks);
+            if (!swiglu || i == 0) {
+                blocks +=
+                    ceil_div(ceil_div(a.epilogue.columns, kDecodeRows), kOneRowWarps / sharing);
+            }
+        }
+        group.first_block[group.count] = static_cast<int32_t>(blocks);
+        // As in launch_decode().
+        if constexpr (kFormat == WeightFormat::kBF16) {
+            if (blocks <= device_limits().multiprocessors && has_wgmma()) {
+                launch_one_row_stages<kFormat, kDeepStages>(queue, group, blocks);
+                return true;
+            }
+        }
+        launch_one_row_stages<kFormat, kDecodeStages<kFormat>>(queue, group, blocks);
+        return true;
+    }
+    return false;
+}
+
+}  // namespace orbit::cuda
