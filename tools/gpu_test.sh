@@ -24,7 +24,10 @@ pack() {
     for model in "${models[@]:1}"; do
         cp -r "$model" "$carry/models/$(echo "${model#"$ORBIT_MODELS"/}" | tr / -)"
     done
-    xz -2 -T0 "$carry/orbit" "$carry/opcheck"  # code for the GPU packs well, and what travels is limited
+    # One archive: both binaries hold the same code for the GPU, and what travels is limited.
+    tar c -C "$carry" orbit opcheck lib models | xz --lzma2=preset=2,dict=256MiB >"$carry.tar.xz"
+    rm -rf "${carry:?}"/*
+    mv "$carry.tar.xz" "$carry/all.tar.xz"
     du -sh "$carry"
 }
 
@@ -132,7 +135,7 @@ run_checks() {
     local bin=build-cuda
     if [[ -d "$carry" ]]; then
         bin=$carry
-        [[ -f "$bin/orbit" ]] || unxz -k "$bin/orbit.xz" "$bin/opcheck.xz"
+        [[ -f "$bin/orbit" ]] || tar xf "$bin/all.tar.xz" -C "$bin"
         export LD_LIBRARY_PATH="$PWD/$carry/lib:${LD_LIBRARY_PATH:-}"
         models=("models/mini-qwen3-int4" "$carry"/models/*)
     else

@@ -274,7 +274,7 @@ Case head_dx_case(const Shape& s, Random& random) {
     return c;
 }
 
-// silu(gate) up: few rows in one launch, more by products and swiglu() apart; the same bits.
+// silu(gate) up: a row alone in one launch, more by products and swiglu() apart; the same bits.
 Case swiglu_case(const Shape& s, Random& random) {
     const TestWeight gate = make_weight(s.format, s.out, s.in, random);
     const TestWeight up = make_weight(s.format, s.out, s.in, random);
