@@ -5,8 +5,7 @@
 // Where every sequence has one row, the kernels before them in the queue have written its last key
 // and value and nothing else: the batch's numbers and all other keys and values are those of
 // earlier forwards, which something that kernels do not overtake (a copy, advance_decode) parts
-// from this one. The first tiles are therefore loaded before the wait, unless the last is among
-// them.
+// from this one. The first tiles are therefore loaded before the wait, but for the last.
 #include "device/cuda/tma.cuh"
 #include "ops/attention_cuda.cuh"
 #include "ops/matmul_cuda.cuh"
