@@ -34,8 +34,6 @@ QuantizedMatrix copied_to(
     copy_bytes(stream, place, data, host.data, data_bytes(host));
     arrange_codes(stream, host, data, data_bytes(host));
     placed.data = data;
-    placed.small_scales =
-        host.format == WeightFormat::kInt4 && !stream.is_cpu() && has_small_scales(host);
     if (scales != nullptr) {
         const bool is_int4 = host.format == WeightFormat::kInt4;
         const void* from = is_int4 ? host.scales : host.block_scales;
@@ -65,7 +63,10 @@ QuantizedMatrix place_weight(
     void* data = arena.take_bytes(name, data_bytes(host));
     const auto scale_bytes = static_cast<size_t>(host.scale_bytes());
     void* scales = scale_bytes > 0 ? arena.take_bytes(name, scale_bytes) : nullptr;
-    return copied_to(stream, arena.place(), host, data, scales);
+    QuantizedMatrix placed = copied_to(stream, arena.place(), host, data, scales);
+    placed.small_scales =
+        host.format == WeightFormat::kInt4 && !stream.is_cpu() && has_small_scales(host);
+    return placed;
 }
 
 QuantizedMatrix MatrixStack::add(Stream& stream, const QuantizedMatrix& host) {

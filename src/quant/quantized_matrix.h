@@ -53,7 +53,7 @@ struct QuantizedMatrix {
     int32_t group_size = 32;  // kInt4
     const void* data = nullptr;
     const bf16* scales = nullptr;  // kInt4: [rows, cols / group_size]
-    bool small_scales = false;     // kInt4 on a GPU: all are less than kSmallScale
+    bool small_scales = false;     // kInt4 on a GPU, no stack: all are less than kSmallScale
 
     const void* block_scales = nullptr;  // kFp8, kMxFp4, kNvFp4
     float global_scale = 1;              // kNvFp4
