@@ -25,8 +25,6 @@ TINY = dict(
     num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, tie_word_embeddings=True,
 )
 ALL_SHAPES = SHAPES | {"tiny": TINY}
-STEPS = 2  # the first warms up and is not counted
-
 
 class TimedTrainer(GRPOTrainer):
     """Seconds of generation (rewards and all that belongs to it included) and of the rest, for each step."""
@@ -62,7 +60,7 @@ def word_tokenizer(vocab_size):
 
 
 def prompts_of(args, vocab_size):
-    ids = torch.randint(2, vocab_size, (STEPS * args.prompts, args.prompt), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(2, vocab_size, (args.prompts, args.prompt), generator=torch.Generator().manual_seed(1))
     return Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in ids.tolist()]})
 
 
@@ -72,7 +70,7 @@ def make_trainer(args):
     with torch.device("cuda" if on_gpu else "cpu"):
         model = Qwen3ForCausalLM(config).to(torch.bfloat16)
     options = GRPOConfig(
-        output_dir=tempfile.gettempdir(), report_to=[], save_strategy="no", max_steps=STEPS, logging_steps=1,
+        output_dir=tempfile.gettempdir(), report_to=[], save_strategy="no", max_steps=1, logging_steps=1,
         use_cpu=not on_gpu,
         per_device_train_batch_size=args.micro_batch,
         gradient_accumulation_steps=args.prompts * args.samples // args.micro_batch,
@@ -91,22 +89,34 @@ def make_trainer(args):
     )
 
 
+def warm_up(trainer):
+    """A few tokens through generation, forward and backward, so that the step has nothing to load or compile."""
+    model = trainer.model
+    ids = torch.full((2, 16), 2, device=next(model.parameters()).device)
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8)
+    model(input_ids=ids).logits.float().logsumexp(-1).mean().backward()
+    model.zero_grad()
+
+
 def main():
     args = parse_arguments(__doc__, ALL_SHAPES)
     if args.prompts * args.samples % args.micro_batch:
         raise SystemExit("--micro-batch must divide prompts x samples")
     trainer = make_trainer(args)
-    ends = []
+    warm_up(trainer)
+    times = []
 
-    class Ends(TrainerCallback):
-        def on_step_end(self, *_, **__):
+    class Times(TrainerCallback):
+        def on_step_begin(self, *_, **__):
             synchronize()
-            ends.append(time.perf_counter())
+            times.append(time.perf_counter())
 
-    trainer.add_callback(Ends())
+        on_step_end = on_step_begin
+
+    trainer.add_callback(Times())
     trainer.train()
-    assert len(ends) == STEPS and len(trainer.rollout) == STEPS, (ends, trainer.rollout)
-    total = ends[-1] - ends[-2]
+    assert len(times) == 2 and len(trainer.rollout) == 1, (times, trainer.rollout)
+    total = times[1] - times[0]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     print(json.dumps({

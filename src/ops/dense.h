@@ -59,8 +59,8 @@ void linear(
 // fewer launches on a GPU. y[i] is no other one's input.
 void linear_group(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y);
 
-// linear_group() of two layers of one shape, gate and up. True where a GPU's kernel for one row has
-// taken both: then y[0] is silu(gate) up, with the bits of swiglu(), and y[1] is anything.
+// linear_group() of two layers of one shape, gate and up. True where a kernel of a GPU has taken
+// both: then y[0] is silu(gate) up, with the bits of swiglu(), and y[1] is anything.
 bool linear_swiglu(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y);
 
 // dx (+)= dy through base and adapter; adapter gradients are added to `grad` in token order (null

@@ -5,6 +5,7 @@
 #include "ops/cuda_ops.h"
 #include "ops/dense_cuda.cuh"
 #include "ops/logprob_cuda.cuh"
+#include "ops/matmul_narrow_int4_cuda.cuh"
 #include "ops/matmul_one_row_cuda.cuh"
 
 namespace orbit::cuda {
@@ -303,7 +304,7 @@ bool takes_swiglu(WeightFormat format, const MatmulGroup& group) {
         case WeightFormat::kBF16:
             return fits_swiglu<WeightFormat::kBF16>(group);
         case WeightFormat::kInt4:
-            return fits_swiglu<WeightFormat::kInt4>(group);
+            return fits_swiglu<WeightFormat::kInt4>(group) || fits_narrow_int4_swiglu(group);
         case WeightFormat::kMxFp4:
             return fits_swiglu<WeightFormat::kMxFp4>(group);
         case WeightFormat::kNvFp4:

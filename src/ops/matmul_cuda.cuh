@@ -57,7 +57,7 @@ struct MatmulGroup {
     int32_t first_block[kMaxGroup + 1] = {};  // of each product, and one past the last
     int32_t count = 0;
     // Not null: of two products, gate and up, silu(gate) up [m, n], each of both rounded to bf16 as
-    // it would be stored. Only for the member for one row, where takes_swiglu().
+    // it would be stored. Only for the members for one row and for INT4, where takes_swiglu().
     bf16* swiglu = nullptr;
 };
 

@@ -504,7 +504,33 @@ struct LoraOperands {
     }
 };
 
-// `first`: the rank's first 16, loaded ahead.
+// lora = u b^T, for 16 rows of the weight from row0 on and eight tokens a tile from m0 on; zero
+// without LoRA. `first`: the rank's first 16, loaded ahead.
+template <int kTiles>
+__device__ __forceinline__ void multiply_low_rank(
+    const MatmulArgs& a,
+    const LoraOperands<kTiles>& first,
+    int32_t row0,
+    int32_t m0,
+    float (&lora)[kTiles][4]
+) {
+    if (a.epilogue.lora_u == nullptr) {
+        return;
+    }
+    LoraOperands<kTiles> operands = first;
+    for (int32_t k = 16;; k += 16) {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+            mma_16816(lora[t], operands.b, operands.u[t][0], operands.u[t][1]);
+        }
+        if (k >= a.epilogue.ldu) {
+            break;
+        }
+        operands.load_b(a, row0, k);
+        operands.load_u(a, m0, k);
+    }
+}
+
 template <int kTiles>
 __device__ __forceinline__ void store_decode(
     const MatmulArgs& a,
@@ -516,20 +542,7 @@ __device__ __forceinline__ void store_decode(
     const int lane = threadIdx.x & 31;
     const Epilogue& e = a.epilogue;
     float lora[kTiles][4] = {};
-    if (e.lora_u != nullptr) {
-        LoraOperands<kTiles> operands = first;
-        for (int32_t k = 16;; k += 16) {
-#pragma unroll
-            for (int t = 0; t < kTiles; ++t) {
-                mma_16816(lora[t], operands.b, operands.u[t][0], operands.u[t][1]);
-            }
-            if (k >= e.ldu) {
-                break;
-            }
-            operands.load_b(a, row0, k);
-            operands.load_u(a, m0, k);
-        }
-    }
+    multiply_low_rank(a, first, row0, m0, lora);
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll

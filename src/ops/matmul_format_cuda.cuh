@@ -2,7 +2,7 @@
 #pragma once
 
 #include "ops/matmul_decode_cuda.cuh"
-#include "ops/matmul_narrow_cuda.cuh"
+#include "ops/matmul_narrow_int4_cuda.cuh"
 #include "ops/matmul_one_row_cuda.cuh"
 #include "ops/matmul_wgmma_cuda.cuh"
 
@@ -143,11 +143,29 @@ inline bool fits_row_tiles(const MatmulGroup& group) {
                                    : columns <= 128 && rows <= kNarrowMaxRows;
 }
 
+// 9 to 64 rows on Hopper; false where no kernel for them takes the products.
+template <WeightFormat kFormat, int kTokens>
+bool launch_narrow_tokens(cudaStream_t queue, MatmulGroup& group) {
+    if constexpr (kFormat == WeightFormat::kInt4) {
+        if (launch_narrow_int4<kTokens>(queue, group)) {
+            return true;
+        }
+        CHECK(group.swiglu == nullptr);
+    }
+    return launch_narrow<kFormat, kTokens>(queue, group);
+}
+
+template <WeightFormat kFormat>
+bool launch_narrow_of(cudaStream_t queue, MatmulGroup& group) {
+    return group.args[0].m <= 32 ? launch_narrow_tokens<kFormat, 32>(queue, group)
+                                 : launch_narrow_tokens<kFormat, 64>(queue, group);
+}
+
 // 9 to 16 rows of a weight of many rows: the matrix unit of Hopper is quicker.
 template <WeightFormat kFormat>
 bool launch_narrow_16(cudaStream_t queue, MatmulGroup& group) {
     return group.args[0].m > 8 && widest(group) > 128 && has_wgmma() &&
-           launch_narrow<kFormat, 32>(queue, group);
+           launch_narrow_of<kFormat>(queue, group);
 }
 
 template <WeightFormat kFormat, bool kBackward, bool kSegmented>
@@ -180,9 +198,7 @@ void launch_best_tile(cudaStream_t queue, MatmulGroup& group) {
             return launch_decode<kFormat>(queue, group);
         }
         if (!narrow && group.args[0].m <= kNarrowMaxRows && has_wgmma()) {
-            const bool launched = group.args[0].m <= 32 ? launch_narrow<kFormat, 32>(queue, group)
-                                                        : launch_narrow<kFormat, 64>(queue, group);
-            if (launched) {
+            if (launch_narrow_of<kFormat>(queue, group)) {
                 return;
             }
         }
@@ -213,6 +229,12 @@ void matmul_format(cudaStream_t queue, Direction direction, MatmulGroup& group) 
     const bool forward = direction == Direction::kForward;
     if (forward && launch_one_row<kFormat>(queue, group)) {
         return;
+    }
+    if constexpr (kFormat == WeightFormat::kInt4) {
+        if (group.swiglu != nullptr) {
+            CHECK(launch_narrow_of<kFormat>(queue, group));
+            return;
+        }
     }
     CHECK(group.swiglu == nullptr);
     if (!aligned) {

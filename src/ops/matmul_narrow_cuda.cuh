@@ -1,8 +1,8 @@
-// Member N, Hopper only: 9 to 64 rows of x. The weight is the M side of wgmma, decoded into
-// registers by the warp that multiplies it; x is the N side, which tensor copies bring to shared
-// memory. A warp group owns 64 rows of the weight and one segment, a block a segment, whose x its
-// warp groups share. The segments of a contraction are the blocks of a cluster; they are added in
-// ascending order at the end.
+// Member N, Hopper only: 9 to 64 rows of x (of most INT4 weights: matmul_narrow_int4_cuda.cuh). The
+// weight is the M side of wgmma, decoded into registers by the warp that multiplies it; x is the N
+// side, which tensor copies bring to shared memory. A warp group owns 64 rows of the weight and one
+// segment, a block a segment, whose x its warp groups share. The segments of a contraction are the
+// blocks of a cluster; they are added in ascending order at the end.
 #pragma once
 
 #include "device/cuda/tma.cuh"
@@ -33,8 +33,6 @@ struct NarrowLayout {
     static constexpr int kXBytes = kTokens * kTileK * 2;  // of a step of 64 columns
     static constexpr int kXRing = kNarrowXStages * 2 * kXBytes;
     static constexpr int kWeightRing = kNarrowStages<kFormat> * DecodeLayout<kFormat>::kStageBytes;
-    // A warp's sums go there, and at the end its share of them.
-    static_assert((kTokens / 8 + kTokens / 8 / kSegments) * 32 * sizeof(float4) <= kWeightRing);
 
     static int shared_bytes(int groups) { return kXRing + groups * 4 * kWeightRing; }
 };
@@ -188,142 +186,79 @@ __device__ __forceinline__ void multiply_narrow(
     pin_registers(acc);
 }
 
-// Eight by eight 16-bit values of a warp, lane 4 r + c with columns 2c and 2c + 1 of row r,
-// transposed.
-__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
-    uint32_t out;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
-    return out;
-}
-
-// The epilogue of kCount fragments of a warp: of 16 rows of the weight from row0 on, and eight
-// tokens each from m0 on. Lane (g, q) of a fragment has tokens 2q, 2q + 1 of row g, then of g + 8.
-template <int kCount>
-struct NarrowEnd {
-    const MatmulArgs& a;
-    const Epilogue& e;
-    int32_t row0;
-    int32_t m0;
-    bool in_pairs;  // neighbouring rows are stored in one
-    LoraOperands<kCount> lora = {};
-    uint32_t residual[kCount][2] = {};
-
-    __device__ __forceinline__ NarrowEnd(const MatmulArgs& args, int32_t row, int32_t token)
-        : a(args), e(args.epilogue), row0(row), m0(token) {
-        in_pairs = !e.f32_out && e.columns == a.n && a.n % kDecodeRows == 0 && e.ldy % 2 == 0;
-    }
-
-    // Where the lane's pair of fragment t and half h (rows 0 to 7 or 8 to 15) lies when transposed.
-    __device__ __forceinline__ int32_t token(int t) const {
-        return m0 + 8 * t + static_cast<int32_t>(threadIdx.x & 31) / 4;
-    }
-
-    __device__ __forceinline__ int64_t place(int t, int h) const {
-        return token(t) * e.ldy + row0 + 8 * h + 2 * static_cast<int32_t>(threadIdx.x & 3);
-    }
-
-    // What is there before LoRA's u; rows from e.columns on are none, and store() is not for them.
-    __device__ __forceinline__ void load_early() {
-        if (e.lora_u != nullptr) {
-            lora.load_b(a, row0, 0);
-        }
-        if (e.residual != nullptr && in_pairs && row0 < e.columns) {
-#pragma unroll
-            for (int i = 0; i < 2 * kCount; ++i) {
-                if (token(i / 2) < a.m) {
-                    const bf16* at = e.residual + place(i / 2, i % 2);
-                    residual[i / 2][i % 2] = *reinterpret_cast<const uint32_t*>(at);
-                }
-            }
-        }
-    }
-
-    __device__ __forceinline__ void load_u() {
-        if (e.lora_u != nullptr) {
-            lora.load_u(a, m0, 0);
-        }
-    }
-
-    // v = scale v + lora_scale (u b^T).
-    __device__ __forceinline__ void add_low_rank(float (&v)[kCount][4]) {
-        float low_rank[kCount][4] = {};
-        if (e.lora_u != nullptr) {
-            for (int32_t k = 16;; k += 16) {
-#pragma unroll
-                for (int t = 0; t < kCount; ++t) {
-                    mma_16816(low_rank[t], lora.b, lora.u[t][0], lora.u[t][1]);
-                }
-                if (k >= e.ldu) {
-                    break;
-                }
-                lora.load_b(a, row0, k);
-                lora.load_u(a, m0, k);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 4 * kCount; ++i) {
-            v[i / 4][i % 4] = add_lora(e, v[i / 4][i % 4], low_rank[i / 4][i % 4]);
-        }
-    }
-
-    // `room`: of this warp, in shared memory, for kCount fragments.
-    __device__ __forceinline__ void store(float (&v)[kCount][4], float4* room) {
-        add_low_rank(v);
-        if (!in_pairs) {
-            return store_elements(v, room);
-        }
-        const int g = static_cast<int>(threadIdx.x & 31) / 4;
-        float bias[2] = {};
-        if (e.bias != nullptr) {
-            bias[0] = e.bias[row0 + g];
-            bias[1] = e.bias[row0 + g + 8];
-        }
-#pragma unroll
-        for (int i = 0; i < 2 * kCount; ++i) {
-            const int t = i / 2;
-            const int h = i % 2;
-            float first = v[t][2 * h];
-            float second = v[t][2 * h + 1];
-            if (e.bias != nullptr) {
-                first = __fadd_rn(first, bias[h]);
-                second = __fadd_rn(second, bias[h]);
-            }
-            if (e.residual != nullptr) {
-                const uint32_t two = transposed(residual[t][h]);
-                first = __fadd_rn(first, low_bf16(two));
-                second = __fadd_rn(second, high_bf16(two));
-            }
-            const uint32_t two = transposed(pack_bf16(first, second));
-            if (token(t) < a.m) {
-                auto* y = static_cast<bf16*>(e.y) + place(t, h);
-                *reinterpret_cast<uint32_t*>(y) = two;
-            }
-        }
-    }
-
-    // One by one, in a loop of few instructions: those that do not run keep the others apart.
-    __device__ __forceinline__ void store_elements(const float (&v)[kCount][4], float4* room) {
-        const int lane = threadIdx.x & 31;
-#pragma unroll
-        for (int t = 0; t < kCount; ++t) {
-            room[32 * t + lane] = float4{v[t][0], v[t][1], v[t][2], v[t][3]};
-        }
-#pragma unroll 1
-        for (int i = 0; i < 4 * kCount; ++i) {
-            const int32_t m = m0 + 8 * (i / 4) + 2 * (lane & 3) + (i & 1);
-            if (m < a.m) {
-                const float value =
-                    reinterpret_cast<const float*>(room + 32 * (i / 4) + lane)[i % 4];
-                finish_one(e, value, m, row0 + (lane >> 2) + 8 * (i % 4 / 2), a.n);
-            }
-        }
-    }
+// Shared memory of a warp group for the end of its product: the sums of a segment for the other
+// blocks of the cluster, then y on its way from fragments to rows, [tokens, kNarrowRows] in fp32.
+template <int kTokens>
+struct NarrowRoom {
+    static constexpr int kFragments = kTokens / 8;
+    static constexpr int kShare = kFragments / kSegments;  // of a block of a cluster
+    static constexpr int kSumBytes =
+        kFragments * 32 * static_cast<int>(sizeof(float4));  // a warp's
+    static constexpr int kStride = kNarrowRows + 4;  // four tokens of eight rows in all banks
+    static constexpr int kRowBytes = kStride * static_cast<int>(sizeof(float));
+    static constexpr int kBytes =
+        std::max(4 * kSumBytes + kShare * 8 * kRowBytes, kTokens* kRowBytes);
 };
 
-// y of a warp's 16 rows, from the only segment.
+// All warps of a group, of which each has its own barrier.
+__device__ __forceinline__ void wait_for_group() {
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + threadIdx.x / 128) : "memory");
+}
+
+// v = scale v + lora_scale (u b^T), of a warp's 16 rows of the weight from row0 on and kCount
+// fragments of eight tokens from m0 on; then v to `tile`, whose first row is that of token m0.
+template <int kCount>
+__device__ __forceinline__ void put_fragments(
+    const MatmulArgs& a,
+    float (&v)[kCount][4],
+    const LoraOperands<kCount>& first,
+    int32_t row0,
+    int32_t m0,
+    float* tile
+) {
+    constexpr int kStride = NarrowRoom<8>::kStride;
+    float low_rank[kCount][4] = {};
+    multiply_low_rank(a, first, row0, m0, low_rank);
+    const int lane = threadIdx.x & 31;
+    const int row = static_cast<int>(threadIdx.x) / 32 % 4 * kDecodeRows + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 4 * kCount; ++i) {
+        const int token = 8 * (i / 4) + 2 * (lane & 3) + i % 2;
+        tile[token * kStride + row + 8 * (i % 4 / 2)] =
+            add_lora(a.epilogue, v[i / 4][i % 4], low_rank[i / 4][i % 4]);
+    }
+}
+
+// The rest of the epilogue and y, of `tokens` tokens from m0 on and the group's rows of the weight
+// from row0 on; eight neighbours a thread, so that y is written in whole lines.
+__device__ __forceinline__ void store_tile(
+    const MatmulArgs& a, const float* tile, int32_t row0, int32_t m0, int tokens
+) {
+    const Epilogue& e = a.epilogue;
+    for (int i = static_cast<int>(threadIdx.x) % 128; i < tokens * 8; i += 128) {
+        const int32_t m = m0 + i / 8;
+        const int32_t n = row0 + i % 8 * 8;
+        if (m >= a.m || n >= e.columns) {
+            continue;
+        }
+        const float* from = tile + i / 8 * NarrowRoom<8>::kStride + i % 8 * 8;
+        if (n + 8 <= min(e.columns, a.n) && e.ldy % 8 == 0) {
+            float v[8];
+            load_eight(v, from);
+            finish_eight(e, v, m, n);
+        } else {
+#pragma unroll 1
+            for (int c = 0; c < 8; ++c) {
+                finish_one(e, from[c], m, n + c, a.n);
+            }
+        }
+    }
+}
+
+// put_fragments() of a warp's sums, which are of the only segment.
 template <int kTokens>
-__device__ __forceinline__ void store_whole(
-    const MatmulArgs& a, int32_t row0, const float (&acc)[kTokens / 8][4], float4* room
+__device__ __forceinline__ void put_whole(
+    const MatmulArgs& a, int32_t row0, const float (&acc)[kTokens / 8][4], float* tile
 ) {
     constexpr int kCount = 4;  // fragments whose operands are loaded at once
     if (a.x_is_ready) {
@@ -331,29 +266,51 @@ __device__ __forceinline__ void store_whole(
     }
 #pragma unroll
     for (int first = 0; first < kTokens / 8; first += kCount) {
-        NarrowEnd<kCount> end(a, row0, first * 8);
-        end.load_early();
-        end.load_u();
+        LoraOperands<kCount> lora = {};
+        if (a.epilogue.lora_u != nullptr) {
+            lora.load_b(a, row0, 0);
+            lora.load_u(a, first * 8, 0);
+        }
         float v[kCount][4];
 #pragma unroll
         for (int i = 0; i < 4 * kCount; ++i) {
             v[i / 4][i % 4] = acc[first + i / 4][i % 4];
         }
-        end.store(v, room);
+        put_fragments<kCount>(
+            a, v, lora, row0, first * 8, tile + first * 8 * NarrowRoom<8>::kStride
+        );
     }
 }
 
+// y of a warp group's rows, from the only segment. All warps have come here.
+template <int kTokens>
+__device__ __forceinline__ void store_whole(
+    const MatmulArgs& a, int32_t row0, const float (&acc)[kTokens / 8][4], char* room
+) {
+    auto* tile = reinterpret_cast<float*>(room);
+    const int warp = static_cast<int>(threadIdx.x) / 32 % 4;
+    put_whole<kTokens>(a, row0 + warp * kDecodeRows, acc, tile);
+    wait_for_group();
+    store_tile(a, tile, row0, 0, kTokens);
+}
+
 // The same from kSegments blocks of a cluster, whose warps of the same number have the same rows:
-// each finishes its share of the tokens. `sums`: shared memory of this warp.
+// each finishes its share of the tokens.
 template <int kTokens>
 __device__ __forceinline__ void store_segments(
-    const MatmulArgs& a, int32_t row0, const float (&acc)[kTokens / 8][4], float4* sums
+    const MatmulArgs& a, int32_t row0, const float (&acc)[kTokens / 8][4], char* room
 ) {
-    constexpr int kCount = kTokens / 8 / kSegments;
+    using Room = NarrowRoom<kTokens>;
+    constexpr int kCount = Room::kShare;
     const int lane = threadIdx.x & 31;
+    const int warp = static_cast<int>(threadIdx.x) / 32 % 4;
     const int first = static_cast<int>(block_in_cluster()) * kCount;
-    NarrowEnd<kCount> end(a, row0, first * 8);
-    end.load_early();
+    const int32_t warp_row0 = row0 + warp * kDecodeRows;
+    auto* sums = reinterpret_cast<float4*>(room + warp * Room::kSumBytes);
+    LoraOperands<kCount> lora = {};
+    if (a.epilogue.lora_u != nullptr) {
+        lora.load_b(a, warp_row0, 0);
+    }
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
         sums[32 * j + lane] = float4{acc[j][0], acc[j][1], acc[j][2], acc[j][3]};
@@ -362,7 +319,9 @@ __device__ __forceinline__ void store_segments(
     if (a.x_is_ready) {
         wait_for_predecessor();
     }
-    end.load_u();
+    if (a.epilogue.lora_u != nullptr) {
+        lora.load_u(a, first * 8, 0);
+    }
     cluster_wait();
     float4 part[kSegments][kCount];
 #pragma unroll
@@ -384,9 +343,10 @@ __device__ __forceinline__ void store_segments(
             v[t][3] = __fadd_rn(v[t][3], part[s][t].w);
         }
     }
-    if (row0 < a.epilogue.columns) {
-        end.store(v, sums + 32 * (kTokens / 8));
-    }
+    auto* tile = reinterpret_cast<float*>(room + 4 * Room::kSumBytes);
+    put_fragments<kCount>(a, v, lora, warp_row0, first * 8, tile);
+    wait_for_group();
+    store_tile(a, tile, row0, first * 8, kCount * 8);
     cluster_arrive();  // This one has read, and used, the other blocks' sums.
     cluster_wait();
 }
@@ -452,12 +412,13 @@ __global__ void __launch_bounds__(128 * kNarrowMaxGroups)
         multiply_narrow<kFormat, kTokens, false>(a, stream, x, leads, acc);
     }
     copy_async_wait<0>();
-    __syncwarp();  // Nobody reads the warp's ring any more; it takes the sums now.
-    auto* sums = reinterpret_cast<float4*>(warp_ring);
+    wait_for_group();  // Nobody reads the group's rings any more; they take the sums now.
+    static_assert(NarrowRoom<kTokens>::kBytes <= 4 * Layout::kWeightRing);
+    char* room = shared + Layout::kXRing + part * 4 * Layout::kWeightRing;
     if (segments > 1) {
-        store_segments<kTokens>(a, warp_row0, acc, sums);
-    } else if (warp_row0 < a.epilogue.columns) {
-        store_whole<kTokens>(a, warp_row0, acc, sums);
+        store_segments<kTokens>(a, row0, acc, room);
+    } else {
+        store_whole<kTokens>(a, row0, acc, room);
     }
 }
 
@@ -473,10 +434,10 @@ inline int64_t number_narrow_blocks(MatmulGroup& group, int groups, int segments
     return blocks;
 }
 
-// How many clusters of `segments` blocks, of `groups` warp groups and so many bytes of shared
-// memory, the GPU runs at once.
-template <WeightFormat kFormat, int kTokens>
-int64_t clusters_at_once(int groups, int segments, int bytes) {
+// How many clusters of `segments` blocks, of so many threads and bytes of shared memory, the GPU
+// runs at once.
+template <typename Kernel>
+int64_t clusters_at_once(Kernel* kernel, int threads, int segments, int bytes) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = static_cast<unsigned>(segments);
@@ -484,12 +445,11 @@ int64_t clusters_at_once(int groups, int segments, int bytes) {
     attribute.val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(segments * device_limits().multiprocessors));
-    config.blockDim = dim3(static_cast<unsigned>(groups) * 128);
+    config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(bytes);
     config.attrs = &attribute;
     config.numAttrs = 1;
     int clusters = 0;
-    const auto kernel = matmul_narrow_kernel<kFormat, kTokens>;
     CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
     CHECK_GT(clusters, 0);
     return clusters;
@@ -506,10 +466,10 @@ int64_t narrow_cost(int64_t clusters, int groups, int segments) {
     static int64_t known[kSegments + 1][kNarrowMaxGroups + 1][2] = {};  // asked once for each cut
     int64_t(&at_once)[2] = known[segments][groups];
     if (at_once[0] == 0) {
-        at_once[0] = clusters_at_once<kFormat, kTokens>(groups, segments, kNarrowSharedBytes);
-        at_once[1] = clusters_at_once<kFormat, kTokens>(
-            groups, segments, NarrowLayout<kFormat, kTokens>::shared_bytes(groups)
-        );
+        const auto kernel = matmul_narrow_kernel<kFormat, kTokens>;
+        const int bytes = NarrowLayout<kFormat, kTokens>::shared_bytes(groups);
+        at_once[0] = clusters_at_once(kernel, groups * 128, segments, kNarrowSharedBytes);
+        at_once[1] = clusters_at_once(kernel, groups * 128, segments, bytes);
     }
     const int64_t load = ceil_div(clusters, at_once[0]) * groups;
     return 8 * ceil_div(clusters, at_once[1]) + 4 * load + 4 / groups;

@@ -7,68 +7,110 @@
 namespace orbit::cuda {
 namespace {
 
-constexpr int kWindow = 128;  // columns of one thread block
+constexpr int kWindow = 128;  // columns of one thread block; fewer where rows are few
 constexpr int kRotateRows = 64;
-constexpr int kRotateThreads = 128;
-constexpr int kRowBytesX = kWindow * 2 + 16;  // padded: eight rows in eight bank groups
+constexpr int kRotateWarps = kRotateRows / 16;
+constexpr int kRotateThreads = 32 * kRotateWarps;
+constexpr int kFewTogether = 3;  // products of one thread block where rows are few
 
+// Shared memory: a tile of x, then a tile of D for each product of the block. Rows are padded by a
+// granule: eight of them in eight bank groups.
 template <int kBlock>
 struct RotateShared {
     static constexpr int kRowBytesD = kBlock * 2 + 16;
-    static constexpr int kBytesX = kRotateRows * kRowBytesX;
-    static constexpr int kBytes = kBytesX + kWindow * kRowBytesD;
+
+    static constexpr __host__ __device__ int row_bytes_x(int window) { return window * 2 + 16; }
+
+    static constexpr __host__ __device__ int bytes_x(int window) {
+        return kRotateRows * row_bytes_x(window);
+    }
+
+    static constexpr __host__ __device__ int bytes_d(int window) { return window * kRowBytesD; }
 };
 
 template <int kBlock>
-__device__ __forceinline__ void load_rotation(const RotateArgs& a, uint32_t to, int32_t col0) {
+__device__ __forceinline__ void load_rotation(
+    const bf16* d, int32_t width, uint32_t to, int32_t col0, int window
+) {
     constexpr int kRowGranules = kBlock / 8;
-    for (int i = threadIdx.x; i < kWindow * kRowGranules; i += kRotateThreads) {
+    for (int i = threadIdx.x; i < window * kRowGranules; i += kRotateThreads) {
         const int row = i / kRowGranules;
         const int granule = i % kRowGranules;
-        const bool valid = col0 + row < a.width;
-        const bf16* from =
-            valid ? a.d + static_cast<int64_t>(col0 + row) * kBlock + granule * 8 : a.d;
+        const bool valid = col0 + row < width;
+        const bf16* from = valid ? d + static_cast<int64_t>(col0 + row) * kBlock + granule * 8 : d;
         copy_async_16(to + row * RotateShared<kBlock>::kRowBytesD + granule * 16, from, valid);
     }
 }
 
 __device__ __forceinline__ void load_rotate_rows(
-    const RotateArgs& a, uint32_t to, int32_t row0, int32_t col0
+    const RotateArgs& a,
+    uint32_t to,
+    int row_bytes,
+    int32_t row0,
+    int32_t col0,
+    int rows,
+    int window
 ) {
-    for (int i = threadIdx.x; i < kRotateRows * (kWindow / 8); i += kRotateThreads) {
-        const int row = i >> 4;
-        const int granule = i & 15;
-        const int32_t col = col0 + granule * 8;
-        const bool valid = row0 + row < a.rows && col < a.width;
-        const bf16* from = valid ? a.x + static_cast<int64_t>(row0 + row) * a.width + col : a.x;
-        copy_async_16(to + row * kRowBytesX + granule * 16, from, valid);
+    constexpr int kAcross = kWindow / 8;  // threads for a row
+    for (int row = threadIdx.x / kAcross; row < rows; row += kRotateThreads / kAcross) {
+        for (int granule = threadIdx.x % kAcross; granule < window / 8; granule += kAcross) {
+            const int32_t col = col0 + granule * 8;
+            const bool valid = row0 + row < a.rows && col < a.width;
+            const bf16* from = valid ? a.x + static_cast<int64_t>(row0 + row) * a.width + col : a.x;
+            copy_async_16(to + row * row_bytes + granule * 16, from, valid);
+        }
     }
 }
 
-// Adds x, and the old value when accumulating, to two neighbouring products, and stores them.
+// Lane q of four: its v[p] becomes lane p's v[q].
+__device__ __forceinline__ void transpose_in_quad(uint32_t (&v)[4]) {
+#pragma unroll
+    for (int distance = 1; distance <= 2; ++distance) {
+        const bool upper = (threadIdx.x & distance) != 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if ((i & distance) == 0) {
+                const uint32_t sent = upper ? v[i] : v[i + distance];
+                const uint32_t taken = __shfl_xor_sync(0xffffffffu, sent, distance);
+                v[i] = upper ? taken : v[i];
+                v[i + distance] = upper ? v[i + distance] : taken;
+            }
+        }
+    }
+}
+
+// Adds x, and the old value when accumulating, to the products of a row and eight columns for each
+// of kTiles fragments, and stores them; four fragments as 16 bytes a lane. `x`, `y`: of the row
+// and the fragments' first column; `exists`: the row does. All lanes.
+template <int kTiles>
 __device__ __forceinline__ void store_rotated(
-    const RotateArgs& a,
-    const char* x_tile,
-    int32_t row0,
-    int row,
-    int32_t col0,
-    int col,
-    float v0,
-    float v1
+    const RotateArgs& a, bf16* y, const char* x, bool exists, const float (&v)[kTiles][2]
 ) {
-    if (row0 + row >= a.rows || col0 + col >= a.width) {
-        return;
+    const int at = 2 * static_cast<int>(threadIdx.x & 3);
+    uint32_t pairs[kTiles];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+        const auto pair = *reinterpret_cast<const uint32_t*>(x + 2 * (8 * t + at));
+        float v0 = __fadd_rn(low_bf16(pair), v[t][0]);
+        float v1 = __fadd_rn(high_bf16(pair), v[t][1]);
+        if (a.accumulate && exists) {
+            const auto old = *reinterpret_cast<const uint32_t*>(y + 8 * t + at);
+            v0 = __fadd_rn(low_bf16(old), v0);
+            v1 = __fadd_rn(high_bf16(old), v1);
+        }
+        pairs[t] = pack_bf16(v0, v1);
     }
-    const auto x = *reinterpret_cast<const uint32_t*>(x_tile + row * kRowBytesX + col * 2);
-    v0 = __fadd_rn(low_bf16(x), v0);
-    v1 = __fadd_rn(high_bf16(x), v1);
-    bf16* at = a.y + static_cast<int64_t>(row0 + row) * a.width + col0 + col;
-    if (a.accumulate) {
-        const auto old = *reinterpret_cast<const uint32_t*>(at);
-        v0 = __fadd_rn(low_bf16(old), v0);
-        v1 = __fadd_rn(high_bf16(old), v1);
+    if constexpr (kTiles == 4) {
+        transpose_in_quad(pairs);
+        if (exists) {
+            *reinterpret_cast<uint4*>(y + 4 * at) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+        }
+    } else if (exists) {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+            *reinterpret_cast<uint32_t*>(y + 8 * t + at) = pairs[t];
+        }
     }
-    *reinterpret_cast<uint32_t*>(at) = pack_bf16(v0, v1);
 }
 
 // With experts: goes on to the rows and the rotation of the expert that owns tile `row0` of
@@ -89,40 +131,66 @@ __device__ __forceinline__ bool take_expert(RotateArgs& a, int32_t& row0) {
 
 struct RotateGroup {
     RotateArgs args[kMaxGroup];
+    int32_t together;  // products of a thread block, which read the same x
+    int32_t window;    // columns of a thread block
 };
 
+// A warp: 16 rows. Where a block has fewer than four times as many, warps share them, and take the
+// blocks of the rotations in turn.
 template <int kBlock, bool kTranspose>
 __global__ void __launch_bounds__(kRotateThreads)
     rotate_kernel(const __grid_constant__ RotateGroup group) {
     release_successor();
-    RotateArgs a = group.args[blockIdx.z];
+    const RotateArgs* products = group.args + blockIdx.z * group.together;
+    RotateArgs a = products[0];
     extern __shared__ __align__(1024) char shared[];
     using Shared = RotateShared<kBlock>;
     const int lane = threadIdx.x & 31;
-    const int warp_row = static_cast<int>(threadIdx.x >> 5) * 16;
-    const int32_t col0 = static_cast<int32_t>(blockIdx.x) * kWindow;
+    const int window = group.window;
+    const int row_bytes_x = Shared::row_bytes_x(window);
+    const int32_t col0 = static_cast<int32_t>(blockIdx.x) * window;
     int32_t row0 = static_cast<int32_t>(blockIdx.y) * kRotateRows;
     const uint32_t x_tile = shared_address(shared);
-    const uint32_t d_tile = x_tile + Shared::kBytesX;
+    const uint32_t d_tiles = x_tile + Shared::bytes_x(window);
+    const auto load_rotations = [&] {
+        load_rotation<kBlock>(a.d, a.width, d_tiles, col0, window);
+        for (int p = 1; p < group.together; ++p) {
+            const uint32_t to = d_tiles + p * Shared::bytes_d(window);
+            load_rotation<kBlock>(products[p].d, a.width, to, col0, window);
+        }
+    };
     if (a.offsets == nullptr) {
-        load_rotation<kBlock>(a, d_tile, col0);
+        load_rotations();
         wait_for_predecessor();
     } else {
         wait_for_predecessor();
         if (!take_expert(a, row0)) {
             return;
         }
-        load_rotation<kBlock>(a, d_tile, col0);
+        load_rotations();
     }
-    load_rotate_rows(a, x_tile, row0, col0);
+    const int tiles = min(kRotateWarps, (a.rows - row0 + 15) / 16);
+    load_rotate_rows(a, x_tile, row_bytes_x, row0, col0, 16 * tiles, window);
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
+    const int sharing = tiles == 1 ? kRotateWarps : tiles == 2 ? kRotateWarps / 2 : 1;
+    const int warp = static_cast<int>(threadIdx.x >> 5);
+    const int warp_row = warp / sharing * 16;
     if (row0 + warp_row >= a.rows) {
         return;
     }
-    for (int block = 0; block < kWindow / kBlock; ++block) {
-        const int first = block * kBlock;
+    const int blocks = window / kBlock;
+    constexpr int kTiles = std::min(kBlock / 8, 4);  // fragments that are stored at once
+#pragma unroll 1
+    for (int item = warp % sharing; item < blocks * group.together; item += sharing) {
+        const int p = item / blocks;
+        const int first = item % blocks * kBlock;
+        if (col0 + first >= a.width) {
+            continue;
+        }
+        const uint32_t d_tile = d_tiles + p * Shared::bytes_d(window);
+        bf16* y = products[p].y;
         uint32_t x[kBlock / 16][4];
 #pragma unroll
         for (int step = 0; step < kBlock / 16; ++step) {
@@ -133,45 +201,50 @@ __global__ void __launch_bounds__(kRotateThreads)
                 x[step][1],
                 x[step][2],
                 x[step][3],
-                x_tile + static_cast<uint32_t>(row * kRowBytesX + granule * 16)
+                x_tile + static_cast<uint32_t>(row * row_bytes_x + granule * 16)
             );
         }
-#pragma unroll 2
-        for (int n = 0; n < kBlock; n += 16) {
-            float acc[2][4] = {};
+#pragma unroll 1
+        for (int n = 0; n < kBlock; n += 8 * kTiles) {
+            float acc[kTiles][4] = {};
 #pragma unroll
             for (int step = 0; step < kBlock / 16; ++step) {
-                uint32_t b[2][2];
-                if constexpr (kTranspose) {
-                    const int row = first + n + (lane & 7) + ((lane >> 4) << 3);
-                    const int granule = 2 * step + ((lane >> 3) & 1);
-                    ldmatrix_x4(
-                        b[0][0],
-                        b[0][1],
-                        b[1][0],
-                        b[1][1],
-                        d_tile + static_cast<uint32_t>(row * Shared::kRowBytesD + granule * 16)
-                    );
-                } else {
-                    const int row = first + 16 * step + (lane & 15);
-                    const int granule = n / 8 + (lane >> 4);
-                    ldmatrix_x4_trans(
-                        b[0][0],
-                        b[0][1],
-                        b[1][0],
-                        b[1][1],
-                        d_tile + static_cast<uint32_t>(row * Shared::kRowBytesD + granule * 16)
-                    );
+#pragma unroll
+                for (int t = 0; t < kTiles; t += 2) {
+                    uint32_t b[4];
+                    if constexpr (kTranspose) {
+                        const int row = first + n + 8 * t + (lane & 7) + ((lane >> 4) << 3);
+                        const int granule = 2 * step + ((lane >> 3) & 1);
+                        const int at = row * Shared::kRowBytesD + granule * 16;
+                        ldmatrix_x4(b[0], b[1], b[2], b[3], d_tile + static_cast<uint32_t>(at));
+                    } else {
+                        const int row = first + 16 * step + (lane & 15);
+                        const int granule = n / 8 + t + (lane >> 4);
+                        const int at = row * Shared::kRowBytesD + granule * 16;
+                        ldmatrix_x4_trans(
+                            b[0], b[1], b[2], b[3], d_tile + static_cast<uint32_t>(at)
+                        );
+                    }
+                    mma_16816(acc[t], x[step], b[0], b[1]);
+                    mma_16816(acc[t + 1], x[step], b[2], b[3]);
                 }
-                mma_16816(acc[0], x[step], b[0][0], b[0][1]);
-                mma_16816(acc[1], x[step], b[1][0], b[1][1]);
             }
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int row = warp_row + (lane >> 2);
-                const int col = first + n + 8 * j + 2 * (lane & 3);
-                store_rotated(a, shared, row0, row, col0, col, acc[j][0], acc[j][1]);
-                store_rotated(a, shared, row0, row + 8, col0, col, acc[j][2], acc[j][3]);
+            for (int half = 0; half < 2; ++half) {
+                const int row = warp_row + (lane >> 2) + 8 * half;
+                float v[kTiles][2];
+#pragma unroll
+                for (int t = 0; t < kTiles; ++t) {
+                    v[t][0] = acc[t][2 * half];
+                    v[t][1] = acc[t][2 * half + 1];
+                }
+                store_rotated<kTiles>(
+                    a,
+                    y + static_cast<int64_t>(row0 + row) * a.width + col0 + first + n,
+                    shared + row * row_bytes_x + (first + n) * 2,
+                    row0 + row < a.rows,
+                    v
+                );
             }
         }
     }
@@ -203,21 +276,39 @@ __global__ void __launch_bounds__(256) rotate_plain_kernel(RotateArgs a, bool tr
     a.y[index] = round_bf16(v);
 }
 
+// Few rows: all products of a thread block together, whose columns are as few as still give each
+// multiprocessor one block.
+template <int kBlock>
+void cut_for_few_rows(RotateGroup& group, int32_t width, int32_t count) {
+    constexpr int kUnit = std::max(kBlock, 32);
+    group.together = count <= kFewTogether ? count : 1;
+    const int64_t units = ceil_div(width, kUnit) * (count / group.together);
+    const int64_t in_window = ceil_div(units, device_limits().multiprocessors);
+    group.window = static_cast<int32_t>(std::min<int64_t>(kWindow, in_window * kUnit));
+}
+
 template <int kBlock, bool kTranspose>
 void launch_rotate(cudaStream_t queue, std::span<const RotateArgs> args) {
     const auto kernel = rotate_kernel<kBlock, kTranspose>;
-    allow_shared_memory(kernel, RotateShared<kBlock>::kBytes);
+    using Shared = RotateShared<kBlock>;
     const RotateArgs& a = args[0];
-    const unsigned windows = grid_dim(ceil_div(a.width, kWindow));
-    const auto count = static_cast<unsigned>(args.size());
-    RotateGroup group;
+    const auto count = static_cast<int32_t>(args.size());
+    RotateGroup group{{}, 1, kWindow};
     std::copy(args.begin(), args.end(), group.args);
+    if (a.rows <= kRotateRows && a.offsets == nullptr) {
+        cut_for_few_rows<kBlock>(group, a.width, count);
+    }
+    allow_shared_memory(kernel, Shared::bytes_x(kWindow) + kFewTogether * Shared::bytes_d(kWindow));
     const auto launch = [&](int64_t tiles) {
         launch_early(
             kernel,
-            dim3(windows, grid_dim_yz(tiles), count),
+            dim3(
+                grid_dim(ceil_div(a.width, group.window)),
+                grid_dim_yz(tiles),
+                static_cast<unsigned>(count / group.together)
+            ),
             kRotateThreads,
-            RotateShared<kBlock>::kBytes,
+            Shared::bytes_x(group.window) + group.together * Shared::bytes_d(group.window),
             queue,
             group
         );
@@ -228,7 +319,7 @@ void launch_rotate(cudaStream_t queue, std::span<const RotateArgs> args) {
     constexpr int32_t kSlice = 32768 * kRotateRows;
     for (int32_t row = 0; row < a.rows; row += kSlice) {
         const int32_t rows = std::min(kSlice, a.rows - row);
-        for (unsigned i = 0; i < count; ++i) {
+        for (int32_t i = 0; i < count; ++i) {
             group.args[i].rows = rows;
             group.args[i].x = args[i].x + static_cast<int64_t>(row) * a.width;
             group.args[i].y = args[i].y + static_cast<int64_t>(row) * a.width;

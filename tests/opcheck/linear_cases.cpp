@@ -501,6 +501,32 @@ void add_gpu_cases(CaseList& cases) {
     }
     add_f32_out({WeightFormat::kBF16, 64, 2080, 128});  // a router's
     add_linear({WeightFormat::kInt4, 14, 4320, 304, bf16_type, AdapterKind::kLora, 16});  // 9 to 16
+    // INT4 of small scales in segments of whole stages: fewer of them than the ring holds, and
+    // more.
+    for (const Shape& s :
+         {Shape{WeightFormat::kInt4, 61, 2048, 200, bf16_type, AdapterKind::kLora, 16, true, true},
+          Shape{WeightFormat::kInt4, 33, 7168, 392, bf16_type, AdapterKind::kLora, 40, false, true},
+          Shape{WeightFormat::kInt4, 64, 2304, 8200, bf16_type, AdapterKind::kLora, 16, true},
+          Shape{WeightFormat::kInt4, 9, 3072, 1004, bf16_type, AdapterKind::kLora, 16, false, true},
+          Shape{WeightFormat::kInt4, 50, 768, 136, bf16_type, AdapterKind::kOft, 32}}) {
+        add_linear(s);
+    }
+    add_f32_out({WeightFormat::kInt4, 23, 4096, 300});
+    for (const Shape& s :
+         {Shape{WeightFormat::kInt4, 47, 1024, 8200, bf16_type, AdapterKind::kLora, 16, true},
+          Shape{WeightFormat::kInt4, 64, 512, 200, bf16_type, AdapterKind::kLora, 40},
+          Shape{WeightFormat::kInt4, 9, 1792, 1000},
+          Shape{WeightFormat::kInt4, 20, 256, 136, bf16_type, AdapterKind::kOft, 32}}) {
+        add_rows_case(cases, "linear_swiglu", s, swiglu_case);
+    }
+    // Rotations of few rows: two products together, columns that are no whole window.
+    for (const Shape& s :
+         {Shape{WeightFormat::kBF16, 50, 4320, 72, bf16_type, AdapterKind::kOft, 32},
+          Shape{WeightFormat::kBF16, 20, 8512, 136, bf16_type, AdapterKind::kOft, 16},
+          Shape{WeightFormat::kBF16, 7, 1280, 136, bf16_type, AdapterKind::kOft, 128},
+          Shape{WeightFormat::kBF16, 40, 1088, 136, bf16_type, AdapterKind::kOft, 64}}) {
+        add_rows_case(cases, "linear_swiglu", s, swiglu_case);
+    }
     add_linear({WeightFormat::kBF16, 500, 4320, 304, bf16_type, AdapterKind::kLora, 20});
 }
 

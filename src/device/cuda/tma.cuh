@@ -9,10 +9,15 @@
 
 namespace orbit::cuda {
 
-// Describes a bf16 matrix for copies of boxes of 64 columns and `box_rows` rows into the 128-byte
-// swizzle of wgmma.cuh; what lies outside the matrix arrives as zeros. The data and `row_bytes` are
-// multiples of 16 bytes.
+// Describes a matrix of 2-byte elements for copies of boxes of 64 columns and `box_rows` rows, at
+// most 256, into the 128-byte swizzle of wgmma.cuh; what lies outside the matrix arrives as zeros.
+// The data and `row_bytes` are multiples of 16 bytes.
 CUtensorMap tensor_map(
+    const void* data, int64_t rows, int64_t cols, int64_t row_bytes, int32_t box_rows
+);
+
+// The same for boxes of 8 columns, one row of 16 bytes after the other.
+CUtensorMap tensor_map_unswizzled(
     const void* data, int64_t rows, int64_t cols, int64_t row_bytes, int32_t box_rows
 );
 

@@ -1,0 +1,475 @@
+// Member N for INT4 in SmallScales and segments of whole stages: x, codes and scales all come by
+// tensor copies that a warp of its own issues, so that the warps that multiply do little else than
+// decode. Measured times are as if each instruction that any warp issues cost the matrix unit a
+// cycle while it takes its operands from registers (docs/PERFORMANCE.md): a step of 64 columns
+// takes 128 cycles and as many as it has instructions.
+//
+// With MatmulGroup::swiglu a warp group has 32 rows of gate and the same 32 of up: its first two
+// warps' are gate's, and a stage's codes and scales are all of gate's rows, then all of up's.
+#pragma once
+
+#include "device/cuda/math.cuh"
+#include "ops/matmul_narrow_cuda.cuh"
+
+namespace orbit::cuda {
+
+constexpr int kInt4Chunk = 256;  // columns of a stage: of a row 128 bytes of codes and 16 of scales
+constexpr int kInt4Steps = kInt4Chunk / kTileK;
+constexpr int kInt4MaxProducts = 4;  // of a launch
+constexpr int kInt4MaxStages = 6;
+constexpr int kSwigluRows = kNarrowRows / 2;  // of gate, and of up, of a warp group
+
+struct NarrowInt4Group {
+    MatmulGroup products;
+    CUtensorMap x[kInt4MaxProducts];
+    CUtensorMap codes[kInt4MaxProducts];   // boxes of a block's rows of the product
+    CUtensorMap scales[kInt4MaxProducts];  // the same
+};
+
+// A stage: x in kInt4Steps boxes of 64 columns, then the codes of all warp groups, then the scales.
+template <int kTokens>
+struct NarrowInt4Layout {
+    static constexpr int kXBytes = kTokens * kTileK * 2;             // of a box
+    static constexpr int kCodes = kInt4Steps * kXBytes;              // where they start
+    static constexpr int kCodeBytes = kNarrowRows * kInt4Chunk / 2;  // of a warp group
+    static constexpr int kScaleBytes = kNarrowRows * kInt4Chunk / 32 * 2;
+    // What the products end in is in the ring, which has two stages at least.
+    static_assert(NarrowRoom<kTokens>::kBytes * 4 <= 2 * (kCodes + 4 * (kCodeBytes + kScaleBytes)));
+    static_assert(NarrowRoom<kTokens>::kBytes <= kCodes + kCodeBytes);
+
+    static constexpr __host__ __device__ int stage_bytes(int groups) {
+        return kCodes + groups * (kCodeBytes + kScaleBytes);
+    }
+
+    static int stages(int groups) {
+        return std::min(kInt4MaxStages, kNarrowSharedBytes / stage_bytes(groups));
+    }
+};
+
+// The stages of a block, and the one that is next. A stage is full when its copies have landed, and
+// empty when every warp has multiplied with it.
+struct NarrowInt4Ring {
+    uint32_t base;   // shared address
+    uint32_t full;   // of stage 0's barrier, 8 bytes each
+    uint32_t empty;  // the same
+    int32_t bytes;   // of a stage
+    int32_t stages;
+    int32_t stage = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ uint32_t place() const { return base + stage * bytes; }
+
+    __device__ __forceinline__ uint32_t full_barrier() const { return full + 8 * stage; }
+
+    __device__ __forceinline__ uint32_t empty_barrier() const { return empty + 8 * stage; }
+
+    __device__ __forceinline__ void advance() {
+        const bool last = stage == stages - 1;
+        stage = last ? 0 : stage + 1;
+        parity ^= last ? 1 : 0;
+    }
+};
+
+// What a block copies: `chunks` stages from column k_begin on of its rows of one product or, with
+// swiglu, of two, from row0 on.
+template <int kTokens>
+struct NarrowInt4Loads {
+    using Layout = NarrowInt4Layout<kTokens>;
+    const NarrowInt4Group& group;
+    int32_t product;
+    int32_t row0;
+    int32_t k_begin;
+    int32_t chunks;
+    int groups;
+
+    __device__ __forceinline__ void load_weights(const NarrowInt4Ring& ring, int32_t chunk) const {
+        const int32_t column = k_begin + chunk * kInt4Chunk;
+        const uint32_t codes = ring.place() + Layout::kCodes;
+        const uint32_t scales = codes + groups * Layout::kCodeBytes;
+        const uint32_t barrier = ring.full_barrier();
+        mbarrier_expect(barrier, static_cast<uint32_t>(ring.bytes));
+        // The maps' elements have two bytes: four codes, or a scale.
+        copy_box(codes, group.codes[product], row0, column / 4, barrier);
+        copy_box(scales, group.scales[product], row0, column / 32, barrier);
+        if (group.products.swiglu != nullptr) {
+            const uint32_t up_codes = codes + groups * (Layout::kCodeBytes / 2);
+            const uint32_t up_scales = scales + groups * (Layout::kScaleBytes / 2);
+            copy_box(up_codes, group.codes[1], row0, column / 4, barrier);
+            copy_box(up_scales, group.scales[1], row0, column / 32, barrier);
+        }
+    }
+
+    __device__ __forceinline__ void load_x(const NarrowInt4Ring& ring, int32_t chunk) const {
+#pragma unroll
+        for (int i = 0; i < kInt4Steps; ++i) {
+            const int32_t column = k_begin + chunk * kInt4Chunk + i * kTileK;
+            copy_box(
+                ring.place() + i * Layout::kXBytes, group.x[product], 0, column, ring.full_barrier()
+            );
+        }
+    }
+
+    // One thread. Weights are constant: those of the first stages need not wait as x does. Where
+    // x is there, LoRA's narrow product runs still, and more than one would take memory from it.
+    __device__ __forceinline__ void run(NarrowInt4Ring ring, bool x_is_ready) const {
+        const int32_t early = x_is_ready ? 1 : min(chunks, ring.stages);
+        for (int32_t chunk = 0; chunk < early; ++chunk) {
+            load_weights(ring, chunk);
+            ring.advance();
+        }
+        if (!x_is_ready) {
+            wait_for_predecessor();
+        }
+        ring.stage = 0;
+        ring.parity = 0;
+        for (int32_t chunk = 0; chunk < chunks; ++chunk) {
+            mbarrier_wait(ring.empty_barrier(), ring.parity ^ 1);
+            if (chunk >= early) {
+                load_weights(ring, chunk);
+            }
+            load_x(ring, chunk);
+            ring.advance();
+        }
+    }
+};
+
+// Where a warp of a block finds its 16 rows.
+struct NarrowInt4Rows {
+    int32_t product;
+    int32_t row;       // of the product, the first
+    int32_t in_stage;  // the same
+
+    __device__ __forceinline__
+    NarrowInt4Rows(bool swiglu, int32_t of_block, int32_t block_row0, int groups) {
+        const int warp = static_cast<int>(threadIdx.x) / 32;
+        if (swiglu) {
+            const int32_t in_product = warp / 4 * kSwigluRows + warp % 2 * kDecodeRows;
+            product = warp % 4 / 2;
+            row = block_row0 + in_product;
+            in_stage = product * groups * kSwigluRows + in_product;
+        } else {
+            product = of_block;
+            in_stage = warp * kDecodeRows;
+            row = block_row0 + in_stage;
+        }
+    }
+};
+
+// A lane's part of a stage's weights: rows g and g + 8 of its warp's.
+template <int kTokens>
+struct NarrowInt4Weights {
+    using Layout = NarrowInt4Layout<kTokens>;
+    const char* shared;   // where the ring starts
+    uint32_t codes;       // of row g's granule 0, from a stage's start
+    uint32_t scales;      // of row g's
+    uint32_t here = 0;    // `codes` in the current stage
+    uint4 scale[2] = {};  // of its eight blocks, two in each word
+
+    __device__ __forceinline__ NarrowInt4Weights(const char* ring, int groups, int32_t warp_row)
+        : shared(ring) {
+        const int lane = threadIdx.x & 31;
+        const int g = lane >> 2;
+        const int32_t row = warp_row + g;
+        // Granule b of rows of 128 bytes lies at b ^ g, which is at `codes` ^ 16 b.
+        codes = Layout::kCodes + row * 128 + (g << 4) + 4 * (lane & 3);
+        scales = Layout::kCodes + groups * Layout::kCodeBytes + row * 16;
+    }
+
+    __device__ __forceinline__ void enter(uint32_t stage) {
+        here = stage + codes;
+        scale[0] = *reinterpret_cast<const uint4*>(shared + stage + scales);
+        scale[1] = *reinterpret_cast<const uint4*>(shared + stage + scales + 8 * 16);
+    }
+
+    // 64 columns: the M side of four k16 steps.
+    __device__ __forceinline__ void decode(int step, uint32_t (&w)[4][4]) const {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t two[4] = {scale[i].x, scale[i].y, scale[i].z, scale[i].w};
+            const SmallScales small(two[step]);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const uint32_t at = here ^ static_cast<uint32_t>((2 * step + j) << 4);
+                uint32_t pair[4];
+                small.decode(
+                    *reinterpret_cast<const uint32_t*>(shared + at + i * 8 * 128), j, pair
+                );
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    w[2 * j + c / 2][i + 2 * (c % 2)] = pair[c];
+                }
+            }
+        }
+        pin_registers(w);
+    }
+};
+
+// acc = W x^T for the warp's 16 rows of the weight and the block's segment. The matrix unit works
+// on one step while the next step's weights are decoded.
+template <int kTokens>
+__device__ __forceinline__ void multiply_int4(
+    NarrowInt4Ring ring,
+    NarrowInt4Weights<kTokens> weights,
+    int32_t chunks,
+    float (&acc)[kTokens / 8][4]
+) {
+    using Layout = NarrowInt4Layout<kTokens>;
+    const auto enter = [&] {
+        mbarrier_wait(ring.full_barrier(), ring.parity);
+        weights.enter(ring.stage * ring.bytes);
+    };
+    uint32_t w[2][4][4];
+    enter();
+    weights.decode(0, w[0]);
+    uint32_t left = 0;  // the barrier of the stage before
+#pragma unroll 1
+    for (int32_t chunk = 0; chunk < chunks; ++chunk) {
+        // The same for all lanes, which the compiler cannot know.
+        const uint64_t x = descriptor_along_k(__shfl_sync(0xffffffffu, ring.place(), 0));
+        const uint32_t barrier = ring.empty_barrier();
+#pragma unroll
+        for (int step = 0; step < kInt4Steps; ++step) {
+            wgmma_begin();
+#pragma unroll
+            for (int j = 0; j < kTileK / 16; ++j) {
+                wgmma_registers<kTokens, false>(
+                    acc, w[step % 2][j], further_along(x, step * Layout::kXBytes + j * 32)
+                );
+            }
+            wgmma_commit();
+            wgmma_wait<1>();
+            pin_registers(w[(step + 1) % 2]);  // the step before has read them
+            if (step == 0 && chunk > 0 && (threadIdx.x & 31) == 0) {
+                mbarrier_arrive(left);
+            }
+            if (step + 1 < kInt4Steps) {
+                weights.decode(step + 1, w[(step + 1) % 2]);
+            } else if (chunk + 1 < chunks) {
+                left = barrier;
+                ring.advance();
+                enter();
+                weights.decode(0, w[0]);
+            }
+        }
+    }
+    wgmma_wait<0>();
+    pin_registers(w[0]);
+    pin_registers(w[1]);
+    pin_registers(acc);
+}
+
+// All warp groups of the block, but not the warp that loads.
+__device__ __forceinline__ void wait_for_groups(int groups) {
+    constexpr int kBarrier = 1 + kNarrowMaxGroups;  // the first are those of wait_for_group()
+    asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(groups * 128) : "memory");
+}
+
+// silu(gate) up of a warp group's rows from row0 on, gate in the tile's first kSwigluRows columns.
+template <int kTokens>
+__device__ __forceinline__ void store_swiglu_tile(
+    const MatmulGroup& products, const float* tile, int32_t row0
+) {
+    const MatmulArgs& gate = products.args[0];
+    const float* const bias[2] = {gate.epilogue.bias, products.args[1].epilogue.bias};
+    constexpr int kEights = kSwigluRows / 8;
+    for (int i = static_cast<int>(threadIdx.x) % 128; i < kTokens * kEights; i += 128) {
+        const int32_t m = i / kEights;
+        const int column = i % kEights * 8;
+        const int32_t n = row0 + column;
+        if (m >= gate.m || n >= gate.n) {
+            continue;
+        }
+        float v[2][8];
+#pragma unroll
+        for (int p = 0; p < 2; ++p) {
+            load_eight(v[p], tile + m * NarrowRoom<8>::kStride + p * kSwigluRows + column);
+#pragma unroll
+            for (int c = 0; c < 8; ++c) {
+                const float added =
+                    bias[p] == nullptr ? v[p][c] : __fadd_rn(v[p][c], bias[p][n + c]);
+                v[p][c] = to_float(round_bf16(added));
+            }
+        }
+        uint32_t pair[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            pair[c] = pack_bf16(
+                swiglu_of(v[0][2 * c], v[1][2 * c]), swiglu_of(v[0][2 * c + 1], v[1][2 * c + 1])
+            );
+        }
+        bf16* y = products.swiglu + static_cast<int64_t>(m) * gate.n + n;
+        *reinterpret_cast<uint4*>(y) = uint4{pair[0], pair[1], pair[2], pair[3]};
+    }
+}
+
+// As many registers as 17 warps may have.
+template <int kTokens>
+__global__ void __maxnreg__(112) matmul_narrow_int4_kernel(
+    const __grid_constant__ NarrowInt4Group group, int32_t segments, int32_t stages
+) {
+    extern __shared__ __align__(1024) char shared[];
+    __shared__ uint64_t barriers[2][kInt4MaxStages];
+    using Layout = NarrowInt4Layout<kTokens>;
+    int32_t block = 0;
+    const MatmulArgs& a = product_of_block(group.products, block);
+    const auto product = static_cast<int32_t>(&a - group.products.args);
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int groups = static_cast<int>(blockDim.x) / 128;
+    const bool swiglu = group.products.swiglu != nullptr;
+    const int32_t row0 = block / segments * groups * (swiglu ? kSwigluRows : kNarrowRows);
+    const int32_t k_begin = static_cast<int32_t>(block_in_cluster()) * a.segment;
+    const int32_t chunks = min(a.segment, a.k - k_begin) / kInt4Chunk;
+    const NarrowInt4Ring ring{
+        shared_address(shared),
+        shared_address(barriers[0]),
+        shared_address(barriers[1]),
+        Layout::stage_bytes(groups),
+        stages};
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < stages; ++s) {
+            mbarrier_init(ring.full + 8 * s, 1);
+            mbarrier_init(ring.empty + 8 * s, static_cast<uint32_t>(groups) * 4);
+        }
+        mbarrier_init_fence();
+    }
+    release_successor();
+    __syncthreads();  // The barriers are made.
+    if (warp == groups * 4) {
+        if (threadIdx.x % 32 == 0) {
+            const NarrowInt4Loads<kTokens> loads{group, product, row0, k_begin, chunks, groups};
+            loads.run(ring, a.x_is_ready);
+        }
+        __syncwarp();
+        if (segments > 1) {  // the cluster's barriers in store_segments()
+            cluster_sync();
+            cluster_sync();
+        }
+        return;
+    }
+    const NarrowInt4Rows rows(swiglu, product, row0, groups);
+    const MatmulArgs& own = group.products.args[rows.product];
+    const int lane = static_cast<int>(threadIdx.x) & 31;
+    if (own.epilogue.lora_u != nullptr && lane < kDecodeRows) {
+        const int64_t row = min(rows.row + lane, own.n - 1);
+        prefetch_to_l2(own.epilogue.lora_b + row * own.epilogue.ldb);
+    }
+    float acc[kTokens / 8][4] = {};
+    const NarrowInt4Weights<kTokens> weights(shared, groups, rows.in_stage);
+    multiply_int4<kTokens>(ring, weights, chunks, acc);
+    wait_for_groups(groups);  // Nobody reads the ring any more; it takes the sums now.
+    if (!a.x_is_ready) {
+        wait_for_predecessor();
+    }
+    const int part = warp / 4;
+    char* room = shared + part * NarrowRoom<kTokens>::kBytes;
+    if (swiglu) {
+        auto* tile = reinterpret_cast<float*>(room);
+        put_whole<kTokens>(own, rows.row, acc, tile);
+        wait_for_group();
+        store_swiglu_tile<kTokens>(group.products, tile, row0 + part * kSwigluRows);
+    } else if (segments > 1) {
+        store_segments<kTokens>(a, row0 + part * kNarrowRows, acc, room);
+    } else {
+        store_whole<kTokens>(a, row0 + part * kNarrowRows, acc, room);
+    }
+}
+
+// Whether the kernel takes these products, which are aligned as tensor copies need it.
+inline bool fits_narrow_int4(const MatmulGroup& group) {
+    const int32_t segments = num_segments(group.args[0].k, group.args[0].segment);
+    bool fits = group.count <= kInt4MaxProducts;
+    for (int32_t i = 0; i < group.count; ++i) {
+        const MatmulArgs& a = group.args[i];
+        const auto places =
+            reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.w.data) |
+            reinterpret_cast<uintptr_t>(a.w.scales) | static_cast<uintptr_t>(a.w.scale_stride);
+        fits = fits && a.ldx % 8 == 0 && a.w.small_scales && a.w.group_shift == 5 &&
+               places % 16 == 0 && a.k % kInt4Chunk == 0 && a.segment % kInt4Chunk == 0 &&
+               !a.releases_late && num_segments(a.k, a.segment) == segments;
+    }
+    return fits;
+}
+
+// Whether two products can be one of a MatmulGroup with `swiglu`: they have the same x too.
+inline bool fits_narrow_int4_swiglu(const MatmulGroup& group) {
+    const MatmulArgs& gate = group.args[0];
+    const MatmulArgs& up = group.args[1];
+    return group.count == 2 && gate.m > 8 && gate.m <= kNarrowMaxRows && gate.n > 128 &&
+           gate.n % 8 == 0 && gate.n == up.n && gate.x == up.x && gate.segment >= gate.k &&
+           has_wgmma() && fits_narrow_int4(group);
+}
+
+// Numbers the blocks of a launch; returns how many there are.
+inline int64_t number_int4_blocks(MatmulGroup& group, int groups, int segments) {
+    if (group.swiglu == nullptr) {
+        return number_narrow_blocks(group, groups, segments);
+    }
+    const int64_t blocks = ceil_div(group.args[0].n, kSwigluRows * groups);  // the first product's
+    group.first_block[1] = static_cast<int32_t>(blocks);
+    group.first_block[2] = static_cast<int32_t>(blocks);
+    return blocks;
+}
+
+// Warp groups of a block: the number that takes the least time where a multiprocessor runs one
+// block at once, in cycles as measured on an H200. A wave takes 3,000 to begin and end, and a step
+// of 64 columns 200 for each warp group, but not less than 450. Clusters of segments do not fill
+// a GPU whose parts they do not divide.
+template <int kTokens>
+int narrow_int4_groups(MatmulGroup& group, int segments) {
+    static int64_t known[kSegments + 1] = {};
+    int64_t& at_once = known[segments];
+    const auto kernel = matmul_narrow_int4_kernel<kTokens>;
+    if (at_once == 0) {
+        allow_shared_memory(kernel, kNarrowSharedBytes);
+        at_once = clusters_at_once(kernel, 128 + 32, segments, kNarrowSharedBytes);
+    }
+    const int64_t steps = group.args[0].segment / kTileK;
+    int best = 0;
+    int64_t least = 0;
+    for (int groups = 1; groups <= kNarrowMaxGroups; ++groups) {
+        const int64_t clusters = number_int4_blocks(group, groups, 1);
+        const int64_t cycles =
+            ceil_div(clusters, at_once) * (3000 + steps * std::max(450, 200 * groups));
+        if (best == 0 || cycles < least) {
+            best = groups;
+            least = cycles;
+        }
+    }
+    return best;
+}
+
+// False, and nothing done, for products that the kernel does not take.
+template <int kTokens>
+bool launch_narrow_int4(cudaStream_t queue, MatmulGroup& group) {
+    if (!fits_narrow_int4(group)) {
+        return false;
+    }
+    using Layout = NarrowInt4Layout<kTokens>;
+    const int32_t segments = num_segments(group.args[0].k, group.args[0].segment);
+    CHECK(segments == 1 || segments == kSegments);
+    const int groups = narrow_int4_groups<kTokens>(group, segments);
+    const int64_t blocks = number_int4_blocks(group, groups, segments);
+    NarrowInt4Group all{group, {}, {}, {}};
+    for (int32_t i = 0; i < group.count; ++i) {
+        const MatmulArgs& a = group.args[i];
+        const int32_t rows = groups * (group.swiglu == nullptr ? kNarrowRows : kSwigluRows);
+        all.x[i] = tensor_map(a.x, a.m, a.k, a.ldx * 2, kTokens);
+        all.codes[i] = tensor_map(a.w.data, a.n, a.k / 4, a.w.row_bytes, rows);
+        all.scales[i] = tensor_map_unswizzled(a.w.scales, a.n, a.k / 32, a.w.scale_stride, rows);
+    }
+    const int stages = Layout::stages(groups);
+    launch_clusters_early(
+        static_cast<unsigned>(segments),
+        matmul_narrow_int4_kernel<kTokens>,
+        dim3(grid_dim(blocks)),
+        static_cast<unsigned>(groups) * 128 + 32,
+        static_cast<size_t>(stages) * Layout::stage_bytes(groups),
+        queue,
+        all,
+        segments,
+        stages
+    );
+    return true;
+}
+
+}  // namespace orbit::cuda
