@@ -14,6 +14,7 @@ import time
 
 import torch
 from datasets import Dataset
+from datasets.table import InMemoryTable
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -61,7 +62,8 @@ def word_tokenizer(vocab_size):
 
 def prompts_of(args, vocab_size):
     ids = torch.randint(2, vocab_size, (args.prompts, args.prompt), generator=torch.Generator().manual_seed(1))
-    return Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in ids.tolist()]})
+    table = InMemoryTable.from_pydict({"prompt": [" ".join(f"w{i}" for i in row) for row in ids.tolist()]})
+    return Dataset(table, fingerprint="prompts")  # from_dict() would hash what some pyarrow releases cannot pickle
 
 
 def make_trainer(args):

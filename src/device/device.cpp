@@ -353,12 +353,21 @@ Tensor Scratch::take(DType dtype, std::initializer_list<int64_t> shape) {
 Stream::Stream(const Device& on) : device(on), scratch(on) {
     if (!on.is_cpu()) {
         handle = cuda::create_stream(on.ordinal);
+        constexpr size_t kBytes = kFlags * 2 * sizeof(uint32_t);
+        flags_ = static_cast<uint32_t*>(device_allocate(on, kBytes));
+        zero_fill(*this, flags_, kBytes);
     }
+}
+
+uint32_t* Stream::take_flag() {
+    CHECK(flags_ != nullptr);
+    return flags_ + 2 * (flags_taken_++ % kFlags);
 }
 
 Stream::~Stream() {
     if (!is_cpu()) {
         cuda::destroy_stream(device.ordinal, handle);
+        device_free(device, flags_);
     }
 }
 

@@ -174,9 +174,19 @@ struct Stream {
     Scratch scratch;
     void* handle = nullptr;  // cudaStream_t on a GPU
 
+    // On a GPU: two words by which kernels of this stream tell each other that something is there
+    // (MatmulArgs::x_flag). Zero before, and what uses them leaves zeros. Kernels start before
+    // their predecessors end, so the next kFlags - 1 calls give others.
+    uint32_t* take_flag();
+
     bool is_cpu() const { return device.is_cpu(); }
 
     ThreadPool& threads() const { return *device.threads; }
+
+  private:
+    static constexpr size_t kFlags = 1024;
+    uint32_t* flags_ = nullptr;
+    size_t flags_taken_ = 0;
 };
 
 // Ordered after earlier work of the stream; copy_to_host returns when the bytes are there,

@@ -314,6 +314,24 @@ bool takes_swiglu(WeightFormat format, const MatmulGroup& group) {
     }
 }
 
+// LoRA's narrow products, and those that are launched next: of few rows they need not wait for the
+// narrow ones, only for the x of both.
+void run_beside(Stream& stream, MatmulGroup& narrow, WeightFormat format, MatmulGroup& beside) {
+    if (beside.args[0].m > kNarrowMaxRows) {
+        return;
+    }
+    const bool asks = format == WeightFormat::kInt4 && asks_for_x(narrow, beside);
+    uint32_t* flag = asks ? stream.take_flag() : nullptr;
+    for (int32_t i = 0; i < narrow.count; ++i) {
+        narrow.args[i].releases_late = !asks;
+        narrow.args[i].x_flag = flag;
+    }
+    for (int32_t i = 0; i < beside.count; ++i) {
+        beside.args[i].x_is_ready = true;
+        beside.args[i].x_flag = flag;
+    }
+}
+
 // linear_group(), or with `swiglu` linear_swiglu().
 bool run_linears(
     Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y, bool swiglu
@@ -347,16 +365,9 @@ bool run_linears(
             a.epilogue.lora_scale = p.adapter.lora_scale;
         }
     }
-    const bool few = shrinks.count > 0 && y[0].rows() <= kNarrowMaxRows;
-    if (shrinks.count > 0) {
-        for (int32_t i = 0; i < shrinks.count; ++i) {
-            shrinks.args[i].releases_late = few;
-        }
-        matmul_group(queue_of(stream), WeightFormat::kBF16, Direction::kForward, shrinks);
-    }
-    bool x_is_ready = few;  // for the launch that follows the shrinking one
     bool done[kMaxGroup] = {};
-    for (size_t i = 0; i < params.size(); ++i) {
+    // The products from i on that go into one launch.
+    const auto take_alike = [&](size_t i) {
         MatmulGroup alike;
         const int32_t segments = num_segments(products[i].k, products[i].segment);
         for (size_t j = i; j < params.size(); ++j) {
@@ -364,12 +375,18 @@ bool run_linears(
             if (!done[j] && params[j].w.format == params[i].w.format &&
                 num_segments(a.k, a.segment) == segments) {
                 done[j] = true;
-                products[j].x_is_ready = x_is_ready;
-                alike.args[alike.count++] = products[j];
+                alike.args[alike.count++] = a;
             }
         }
+        return alike;
+    };
+    for (size_t i = 0; i < params.size(); ++i) {
+        MatmulGroup alike = take_alike(i);
+        if (i == 0 && shrinks.count > 0) {
+            run_beside(stream, shrinks, params[0].w.format, alike);
+            matmul_group(queue_of(stream), WeightFormat::kBF16, Direction::kForward, shrinks);
+        }
         if (alike.count > 0) {
-            x_is_ready = false;
             const bool as_one = swiglu && takes_swiglu(params[i].w.format, alike);
             alike.swiglu = as_one ? activations(y[0]) : nullptr;
             weight_matmul(stream, params[i].w.format, Direction::kForward, alike);

@@ -42,8 +42,11 @@ struct MatmulArgs {
     // LoRA's u = x A^T runs just before the product that adds u B^T, and both read x. Where the
     // first lets its successor start only once x is there (releases_late), the second need not wait
     // before its epilogue (x_is_ready). Up to kNarrowMaxRows rows; a member may ignore x_is_ready.
+    // With x_flag (Stream::take_flag) in both, the second starts at once and asks there for x,
+    // which the first announces: only where asks_for_x().
     bool releases_late = false;
     bool x_is_ready = false;
+    uint32_t* x_flag = nullptr;
     Epilogue epilogue;
 };
 

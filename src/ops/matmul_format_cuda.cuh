@@ -150,7 +150,7 @@ bool launch_narrow_tokens(cudaStream_t queue, MatmulGroup& group) {
         if (launch_narrow_int4<kTokens>(queue, group)) {
             return true;
         }
-        CHECK(group.swiglu == nullptr);
+        CHECK(group.swiglu == nullptr && group.args[0].x_flag == nullptr);
     }
     return launch_narrow<kFormat, kTokens>(queue, group);
 }
@@ -230,13 +230,20 @@ void matmul_format(cudaStream_t queue, Direction direction, MatmulGroup& group) 
     if (forward && launch_one_row<kFormat>(queue, group)) {
         return;
     }
+    const bool asks = group.args[0].x_flag != nullptr;
     if constexpr (kFormat == WeightFormat::kInt4) {
-        if (group.swiglu != nullptr) {
+        if (group.swiglu != nullptr || asks) {
             CHECK(launch_narrow_of<kFormat>(queue, group));
             return;
         }
     }
-    CHECK(group.swiglu == nullptr);
+    if constexpr (kFormat == WeightFormat::kBF16) {
+        if (asks) {
+            return segmented ? launch_small_tile<kFormat, true>(queue, group)
+                             : launch_small_tile<kFormat, false>(queue, group);
+        }
+    }
+    CHECK(group.swiglu == nullptr && !asks);
     if (!aligned) {
         for (int32_t i = 0; i < group.count; ++i) {
             if (forward) {

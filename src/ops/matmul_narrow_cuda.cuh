@@ -202,7 +202,7 @@ struct NarrowRoom {
 
 // All warps of a group, of which each has its own barrier.
 __device__ __forceinline__ void wait_for_group() {
-    asm volatile("bar.sync %0, 128;" ::"r"(1 + threadIdx.x / 128) : "memory");
+    barrier_sync(1 + static_cast<int>(threadIdx.x) / 128, 128);
 }
 
 // v = scale v + lora_scale (u b^T), of a warp's 16 rows of the weight from row0 on and kCount

@@ -109,17 +109,30 @@ struct NarrowInt4Loads {
         }
     }
 
-    // One thread. Weights are constant: those of the first stages need not wait as x does. Where
-    // x is there, LoRA's narrow product runs still, and more than one would take memory from it.
-    __device__ __forceinline__ void run(NarrowInt4Ring ring, bool x_is_ready) const {
-        const int32_t early = x_is_ready ? 1 : min(chunks, ring.stages);
+    // Until x is there. The last block that has asked takes the flag down.
+    __device__ __forceinline__ void wait_for_x(const MatmulArgs& a) const {
+        if (!a.x_is_ready) {
+            return wait_for_predecessor();
+        }
+        if (a.x_flag != nullptr) {
+            wait_for_flag(a.x_flag);
+            fence_for_copies();
+            if (atomicAdd(a.x_flag + 1, 1u) == gridDim.x - 1) {
+                a.x_flag[0] = 0;
+                a.x_flag[1] = 0;
+            }
+        }
+    }
+
+    // One thread. Weights are constant: those of the first stages need not wait as x does. Beside
+    // LoRA's narrow product, more than one would take memory from it.
+    __device__ __forceinline__ void run(NarrowInt4Ring ring, const MatmulArgs& a) const {
+        const int32_t early = a.x_is_ready ? 1 : min(chunks, ring.stages);
         for (int32_t chunk = 0; chunk < early; ++chunk) {
             load_weights(ring, chunk);
             ring.advance();
         }
-        if (!x_is_ready) {
-            wait_for_predecessor();
-        }
+        wait_for_x(a);
         ring.stage = 0;
         ring.parity = 0;
         for (int32_t chunk = 0; chunk < chunks; ++chunk) {
@@ -261,7 +274,7 @@ __device__ __forceinline__ void multiply_int4(
 // All warp groups of the block, but not the warp that loads.
 __device__ __forceinline__ void wait_for_groups(int groups) {
     constexpr int kBarrier = 1 + kNarrowMaxGroups;  // the first are those of wait_for_group()
-    asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(groups * 128) : "memory");
+    barrier_sync(kBarrier, groups * 128);
 }
 
 // silu(gate) up of a warp group's rows from row0 on, gate in the tile's first kSwigluRows columns.
@@ -337,7 +350,7 @@ __global__ void __maxnreg__(112) matmul_narrow_int4_kernel(
     if (warp == groups * 4) {
         if (threadIdx.x % 32 == 0) {
             const NarrowInt4Loads<kTokens> loads{group, product, row0, k_begin, chunks, groups};
-            loads.run(ring, a.x_is_ready);
+            loads.run(ring, a);
         }
         __syncwarp();
         if (segments > 1) {  // the cluster's barriers in store_segments()
@@ -408,6 +421,25 @@ inline int64_t number_int4_blocks(MatmulGroup& group, int groups, int segments) 
     group.first_block[1] = static_cast<int32_t>(blocks);
     group.first_block[2] = static_cast<int32_t>(blocks);
     return blocks;
+}
+
+// Whether `beside`, INT4 products that run beside LoRA's narrow ones, may start before x is there
+// (MatmulArgs::x_flag): the member that launch_small_tile() takes for `narrow` announces x.
+inline bool asks_for_x(const MatmulGroup& narrow, const MatmulGroup& beside) {
+    const int32_t rows = beside.args[0].m;
+    bool asks =
+        rows > kDecodeMaxRows && rows <= kNarrowMaxRows && has_wgmma() && fits_narrow_int4(beside);
+    for (int32_t i = 0; i < beside.count; ++i) {
+        asks = asks && beside.args[i].epilogue.columns > 128;
+    }
+    for (int32_t i = 0; i < narrow.count; ++i) {
+        const MatmulArgs& a = narrow.args[i];
+        const auto address =
+            reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.w.data);
+        asks = asks && a.epilogue.columns <= TinyTile::kN && a.k % 8 == 0 && a.ldx % 8 == 0 &&
+               address % 16 == 0;
+    }
+    return asks;
 }
 
 // Warp groups of a block: the number that takes the least time where a multiprocessor runs one

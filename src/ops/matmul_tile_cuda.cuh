@@ -608,6 +608,9 @@ __device__ __forceinline__ void multiply_through_tile(
     if (a.releases_late) {
         release_successor();
     }
+    if (a.x_flag != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
+        set_flag(a.x_flag);
+    }
 #pragma unroll
     for (int s = 0; s < Shape::kStages - 1; ++s) {
         load_x(s);

@@ -36,6 +36,19 @@ __device__ __forceinline__ void release_successor() {
 #endif
 }
 
+// A word in global memory by which a thread tells others, of any block, that what it knows to be
+// there is there.
+__device__ __forceinline__ void set_flag(uint32_t* flag) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(1u) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_flag(const uint32_t* flag) {
+    uint32_t value = 0;
+    while (value == 0) {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+    }
+}
+
 // A barrier of `threads` threads of the block; 0 is __syncthreads' own.
 __device__ __forceinline__ void barrier_sync(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");

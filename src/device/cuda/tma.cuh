@@ -89,6 +89,13 @@ __device__ __forceinline__ bool mbarrier_ended(uint32_t barrier, uint32_t parity
     return done != 0;
 }
 
+// Between what a thread knows to be written and its tensor copies of it.
+__device__ __forceinline__ void fence_for_copies() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
