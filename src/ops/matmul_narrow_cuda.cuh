@@ -210,7 +210,7 @@ __device__ __forceinline__ void wait_for_group() {
 template <int kCount>
 __device__ __forceinline__ void put_fragments(
     const MatmulArgs& a,
-    float (&v)[kCount][4],
+    const float (&v)[kCount][4],
     const LoraOperands<kCount>& first,
     int32_t row0,
     int32_t m0,
