@@ -213,7 +213,6 @@ TEST(Quant, EncodeInt4TiesGoToEven) {
     EXPECT_EQ(words[0] & 0xFFFFu, 0x6A8Fu);  // 7, 0, 2, -2
 }
 
-// A lane's word holds two columns that lie side by side 16 bits apart, and no two columns meet.
 TEST(Quant, SmallScalesAreBelowTheLimitInMagnitude) {
     QuantizedMatrix w;
     w.format = WeightFormat::kInt4;
@@ -235,6 +234,7 @@ TEST(Quant, SmallScalesAreBelowTheLimitInMagnitude) {
     }
 }
 
+// A lane's word holds two columns that lie side by side 16 bits apart, and no two columns meet.
 TEST(Arrange, IsAPermutationOfABlock) {
     std::set<int> bits;
     for (int32_t col = 0; col < 32; ++col) {
