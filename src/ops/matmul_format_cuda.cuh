@@ -106,14 +106,11 @@ inline int32_t widest(const MatmulGroup& group) {
     return columns;
 }
 
-// A team for each of `teams` segments where their rings fit; else one team for all of them.
+// A team for each of kSegments segments where their rings fit; else one team for all of them.
 template <typename Shape, WeightFormat kFormat, bool kSegmented>
-void launch_teams(cudaStream_t queue, MatmulGroup& group, int32_t teams) {
-    const bool fits = int64_t{Shape::kSharedBytes} * teams <= shared_memory_limit();
-    if (fits && teams == 2) {
-        launch_tile<Shape, kFormat, false, false, 2>(queue, group);
-    } else if (fits && teams == 4) {
-        launch_tile<Shape, kFormat, false, false, 4>(queue, group);
+void launch_teams(cudaStream_t queue, MatmulGroup& group, bool all_cut) {
+    if (all_cut && int64_t{Shape::kSharedBytes} * kSegments <= shared_memory_limit()) {
+        launch_tile<Shape, kFormat, false, false, kSegments>(queue, group);
     } else {
         launch_tile<Shape, kFormat, false, kSegmented>(queue, group);
     }
@@ -122,15 +119,15 @@ void launch_teams(cudaStream_t queue, MatmulGroup& group, int32_t teams) {
 // Few rows, few columns: small tiles, and a team for each segment when all products have as many.
 template <WeightFormat kFormat, bool kSegmented>
 void launch_small_tile(cudaStream_t queue, MatmulGroup& group) {
-    int32_t teams = num_segments(group.args[0].k, group.args[0].segment);
+    bool all_cut = true;
     for (int32_t i = 0; i < group.count; ++i) {
-        const bool same = num_segments(group.args[i].k, group.args[i].segment) == teams;
-        teams = same ? teams : 1;
+        const MatmulArgs& a = group.args[i];
+        all_cut = all_cut && num_segments(a.k, a.segment) == kSegments;
     }
     if (widest(group) <= TinyTile::kN || count_blocks(group, 64, 32) < 66) {
-        launch_teams<TinyTile, kFormat, kSegmented>(queue, group, teams);
+        launch_teams<TinyTile, kFormat, kSegmented>(queue, group, all_cut);
     } else {
-        launch_teams<NarrowTile, kFormat, kSegmented>(queue, group, teams);
+        launch_teams<NarrowTile, kFormat, kSegmented>(queue, group, all_cut);
     }
 }
 
@@ -145,7 +142,7 @@ inline bool fits_row_tiles(const MatmulGroup& group) {
 
 // 9 to 64 rows on Hopper; false where no kernel for them takes the products.
 template <WeightFormat kFormat, int kTokens>
-bool launch_narrow_tokens(cudaStream_t queue, MatmulGroup& group) {
+bool launch_best_narrow(cudaStream_t queue, MatmulGroup& group) {
     if constexpr (kFormat == WeightFormat::kInt4) {
         if (launch_narrow_int4<kTokens>(queue, group)) {
             return true;
@@ -156,16 +153,16 @@ bool launch_narrow_tokens(cudaStream_t queue, MatmulGroup& group) {
 }
 
 template <WeightFormat kFormat>
-bool launch_narrow_of(cudaStream_t queue, MatmulGroup& group) {
-    return group.args[0].m <= 32 ? launch_narrow_tokens<kFormat, 32>(queue, group)
-                                 : launch_narrow_tokens<kFormat, 64>(queue, group);
+bool launch_few_rows(cudaStream_t queue, MatmulGroup& group) {
+    return group.args[0].m <= 32 ? launch_best_narrow<kFormat, 32>(queue, group)
+                                 : launch_best_narrow<kFormat, 64>(queue, group);
 }
 
 // 9 to 16 rows of a weight of many rows: the matrix unit of Hopper is quicker.
 template <WeightFormat kFormat>
 bool launch_narrow_16(cudaStream_t queue, MatmulGroup& group) {
     return group.args[0].m > 8 && widest(group) > 128 && has_wgmma() &&
-           launch_narrow_of<kFormat>(queue, group);
+           launch_few_rows<kFormat>(queue, group);
 }
 
 template <WeightFormat kFormat, bool kBackward, bool kSegmented>
@@ -198,7 +195,7 @@ void launch_best_tile(cudaStream_t queue, MatmulGroup& group) {
             return launch_decode<kFormat>(queue, group);
         }
         if (!narrow && group.args[0].m <= kNarrowMaxRows && has_wgmma()) {
-            if (launch_narrow_of<kFormat>(queue, group)) {
+            if (launch_few_rows<kFormat>(queue, group)) {
                 return;
             }
         }
@@ -233,7 +230,7 @@ void matmul_format(cudaStream_t queue, Direction direction, MatmulGroup& group) 
     const bool asks = group.args[0].x_flag != nullptr;
     if constexpr (kFormat == WeightFormat::kInt4) {
         if (group.swiglu != nullptr || asks) {
-            CHECK(launch_narrow_of<kFormat>(queue, group));
+            CHECK(launch_few_rows<kFormat>(queue, group));
             return;
         }
     }
