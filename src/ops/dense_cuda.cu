@@ -314,6 +314,29 @@ bool takes_swiglu(WeightFormat format, const MatmulGroup& group) {
     }
 }
 
+// The product of a layer whose rotated input is x. LoRA's narrow one is added to `shrinks`.
+MatmulArgs product_of(
+    Stream& stream, const LinearParams& p, const Tensor& x, const Tensor& y, MatmulGroup& shrinks
+) {
+    MatmulArgs a = forward_args(x, p.w, y);
+    CHECK_EQ(static_cast<int64_t>(a.n), y.cols());
+    a.epilogue.bias = p.bias;
+    if (p.residual.defined()) {
+        a.epilogue.residual = activations(p.residual);
+    }
+    if (p.adapter.kind == AdapterKind::kLora) {
+        const Tensor u = p.lora_u.defined() ? p.lora_u : take_lora_u(stream, p);
+        shrinks.args[shrinks.count++] = forward_args(p.x, as_weight(p.adapter.lora_a), u);
+        a.epilogue.lora_u = activations(u);
+        a.epilogue.lora_b = activations(p.adapter.lora_b);
+        a.epilogue.ldu = static_cast<int32_t>(u.cols());
+        a.epilogue.rank = static_cast<int32_t>(p.adapter.lora_a.shape[0]);
+        a.epilogue.ldb = static_cast<int32_t>(p.adapter.lora_b.shape[1]);
+        a.epilogue.lora_scale = p.adapter.lora_scale;
+    }
+    return a;
+}
+
 // LoRA's narrow products, and those that are launched next: of few rows they need not wait for the
 // narrow ones, only for the x of both.
 void run_beside(Stream& stream, MatmulGroup& narrow, WeightFormat format, MatmulGroup& beside) {
@@ -346,24 +369,7 @@ bool run_linears(
     Tensor x[kMaxGroup];
     rotate_inputs(stream, params, x);
     for (size_t i = 0; i < params.size(); ++i) {
-        const LinearParams& p = params[i];
-        MatmulArgs& a = products[i];
-        a = forward_args(x[i], p.w, y[i]);
-        CHECK_EQ(static_cast<int64_t>(a.n), y[i].cols());
-        a.epilogue.bias = p.bias;
-        if (p.residual.defined()) {
-            a.epilogue.residual = activations(p.residual);
-        }
-        if (p.adapter.kind == AdapterKind::kLora) {
-            const Tensor u = p.lora_u.defined() ? p.lora_u : take_lora_u(stream, p);
-            shrinks.args[shrinks.count++] = forward_args(p.x, as_weight(p.adapter.lora_a), u);
-            a.epilogue.lora_u = activations(u);
-            a.epilogue.lora_b = activations(p.adapter.lora_b);
-            a.epilogue.ldu = static_cast<int32_t>(u.cols());
-            a.epilogue.rank = static_cast<int32_t>(p.adapter.lora_a.shape[0]);
-            a.epilogue.ldb = static_cast<int32_t>(p.adapter.lora_b.shape[1]);
-            a.epilogue.lora_scale = p.adapter.lora_scale;
-        }
+        products[i] = product_of(stream, params[i], x[i], y[i], shrinks);
     }
     bool done[kMaxGroup] = {};
     // The products from i on that go into one launch.
