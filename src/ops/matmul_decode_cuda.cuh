@@ -252,6 +252,17 @@ struct LaneX {
     }
 };
 
+// A lane's pairs of block j of two and row i of two (g and g + 8), into the M side of four k16
+// steps.
+__device__ __forceinline__ void place_pairs(
+    const uint32_t (&pair)[4], int i, int j, uint32_t (&to)[4][4]
+) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        to[2 * j + c / 2][i + 2 * (c % 2)] = pair[c];
+    }
+}
+
 // One chunk of a warp's rows in shared memory, `at` bytes from the ring's start, as one lane reads
 // it.
 template <WeightFormat kFormat, int kStages, typename Stream = WeightStream<kFormat, kStages>>
@@ -353,16 +364,6 @@ struct ChunkRows {
             uint32_t pair[4];
             decode_block(w, i, b + j, words[j], pair);
             place_pairs(pair, i, j, to);
-        }
-    }
-
-    // Those of block j of two, into the fragments.
-    static __device__ __forceinline__ void place_pairs(
-        const uint32_t (&pair)[4], int i, int j, uint32_t (&to)[4][4]
-    ) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            to[2 * j + c / 2][i + 2 * (c % 2)] = pair[c];
         }
     }
 

@@ -37,13 +37,13 @@ struct NarrowLayout {
     static int shared_bytes(int groups) { return kXRing + groups * 4 * kWeightRing; }
 };
 
-// Where the pairs of steps go in turn: stage p % kNarrowXStages of x takes steps 2p and 2p + 1.
-struct NarrowXPlace {
+// A stage of a ring, and the parity of the phase that ends when its barrier's bytes are there.
+struct RingPlace {
     uint32_t stage = 0;
     uint32_t parity = 0;
 
-    __device__ __forceinline__ void advance() {
-        const bool last = stage == kNarrowXStages - 1;
+    __device__ __forceinline__ void advance(uint32_t stages) {
+        const bool last = stage == stages - 1;
         stage = last ? 0 : stage + 1;
         parity ^= last ? 1 : 0;
     }
@@ -82,11 +82,11 @@ struct NarrowX {
         copy_box(to + kXBytes, map, 0, column + kTileK, full + 8 * stage);
     }
 
-    __device__ __forceinline__ void wait(const NarrowXPlace& at) const {
+    __device__ __forceinline__ void wait(const RingPlace& at) const {
         mbarrier_wait(full + 8 * at.stage, at.parity);
     }
 
-    __device__ __forceinline__ bool is_there(const NarrowXPlace& at) const {
+    __device__ __forceinline__ bool is_there(const RingPlace& at) const {
         return mbarrier_ended(full + 8 * at.stage, at.parity);
     }
 
@@ -134,7 +134,7 @@ __device__ __forceinline__ void multiply_narrow(
         pin_registers(w);
     };
     const uint64_t first_columns = descriptor_along_k(x.ring);
-    NarrowXPlace at;
+    RingPlace at;       // stage p % kNarrowXStages of x takes steps 2p and 2p + 1
     uint32_t left = 0;  // the stage before that
     uint32_t w[2][4][4] = {};
     decode(0, 0, w[0]);
@@ -172,7 +172,7 @@ __device__ __forceinline__ void multiply_narrow(
                 }
                 __syncwarp();
                 left = at.stage;
-                at.advance();
+                at.advance(kNarrowXStages);
                 ready = x.is_there(at);  // asked early: the answer takes a while
             }
             if (step + 1 < x.steps) {

@@ -52,22 +52,20 @@ struct NarrowInt4Ring {
     uint32_t base;   // shared address
     uint32_t full;   // of stage 0's barrier, 8 bytes each
     uint32_t empty;  // the same
-    int32_t bytes;   // of a stage
-    int32_t stages;
-    int32_t stage = 0;
-    uint32_t parity = 0;
+    uint32_t bytes;  // of a stage
+    uint32_t stages;
+    RingPlace at = {};
 
-    __device__ __forceinline__ uint32_t place() const { return base + stage * bytes; }
+    // Bytes from the ring's start.
+    __device__ __forceinline__ uint32_t offset() const { return at.stage * bytes; }
 
-    __device__ __forceinline__ uint32_t full_barrier() const { return full + 8 * stage; }
+    __device__ __forceinline__ uint32_t place() const { return base + offset(); }
 
-    __device__ __forceinline__ uint32_t empty_barrier() const { return empty + 8 * stage; }
+    __device__ __forceinline__ uint32_t full_barrier() const { return full + 8 * at.stage; }
 
-    __device__ __forceinline__ void advance() {
-        const bool last = stage == stages - 1;
-        stage = last ? 0 : stage + 1;
-        parity ^= last ? 1 : 0;
-    }
+    __device__ __forceinline__ uint32_t empty_barrier() const { return empty + 8 * at.stage; }
+
+    __device__ __forceinline__ void advance() { at.advance(stages); }
 };
 
 // What a block copies: `chunks` stages from column k_begin on of its rows of one product or, with
@@ -87,7 +85,7 @@ struct NarrowInt4Loads {
         const uint32_t codes = ring.place() + Layout::kCodes;
         const uint32_t scales = codes + groups * Layout::kCodeBytes;
         const uint32_t barrier = ring.full_barrier();
-        mbarrier_expect(barrier, static_cast<uint32_t>(ring.bytes));
+        mbarrier_expect(barrier, ring.bytes);
         // The maps' elements have two bytes: four codes, or a scale.
         copy_box(codes, group.codes[product], row0, column / 4, barrier);
         copy_box(scales, group.scales[product], row0, column / 32, barrier);
@@ -127,16 +125,15 @@ struct NarrowInt4Loads {
     // One thread. Weights are constant: those of the first stages need not wait as x does. Beside
     // LoRA's narrow product, more than one would take memory from it.
     __device__ __forceinline__ void run(NarrowInt4Ring ring, const MatmulArgs& a) const {
-        const int32_t early = a.x_is_ready ? 1 : min(chunks, ring.stages);
+        const int32_t early = a.x_is_ready ? 1 : min(chunks, static_cast<int32_t>(ring.stages));
         for (int32_t chunk = 0; chunk < early; ++chunk) {
             load_weights(ring, chunk);
             ring.advance();
         }
         wait_for_x(a);
-        ring.stage = 0;
-        ring.parity = 0;
+        ring.at = {};
         for (int32_t chunk = 0; chunk < chunks; ++chunk) {
-            mbarrier_wait(ring.empty_barrier(), ring.parity ^ 1);
+            mbarrier_wait(ring.empty_barrier(), ring.at.parity ^ 1);
             if (chunk >= early) {
                 load_weights(ring, chunk);
             }
@@ -207,10 +204,7 @@ struct NarrowInt4Weights {
                 small.decode(
                     *reinterpret_cast<const uint32_t*>(shared + at + i * 8 * 128), j, pair
                 );
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    w[2 * j + c / 2][i + 2 * (c % 2)] = pair[c];
-                }
+                place_pairs(pair, i, j, w);
             }
         }
         pin_registers(w);
@@ -228,8 +222,8 @@ __device__ __forceinline__ void multiply_int4(
 ) {
     using Layout = NarrowInt4Layout<kTokens>;
     const auto enter = [&] {
-        mbarrier_wait(ring.full_barrier(), ring.parity);
-        weights.enter(ring.stage * ring.bytes);
+        mbarrier_wait(ring.full_barrier(), ring.at.parity);
+        weights.enter(ring.offset());
     };
     uint32_t w[2][4][4];
     enter();
@@ -336,8 +330,8 @@ __global__ void __maxnreg__(112) matmul_narrow_int4_kernel(
         shared_address(shared),
         shared_address(barriers[0]),
         shared_address(barriers[1]),
-        Layout::stage_bytes(groups),
-        stages};
+        static_cast<uint32_t>(Layout::stage_bytes(groups)),
+        static_cast<uint32_t>(stages)};
     if (threadIdx.x == 0) {
         for (int s = 0; s < stages; ++s) {
             mbarrier_init(ring.full + 8 * s, 1);

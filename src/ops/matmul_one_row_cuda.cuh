@@ -97,27 +97,25 @@ struct OneRowStream {
         x += Layout::kChunk * 2;
     }
 
-    // The first chunks but for x: the weights are constant, and need not wait for other kernels.
-    __device__ __forceinline__ void start_weights() {
+    template <typename Copy>
+    __device__ __forceinline__ void start(const Copy& copy) {
         const uint32_t base = shared_address(ring);
 #pragma unroll 1
         for (int c = 0; c < kStages - 1; ++c) {
             if (c < left) {
-                copy_weight(base + c * Layout::kStageBytes);
+                copy(base + c * Layout::kStageBytes);
             }
             copy_async_commit();
         }
     }
 
+    // The first chunks but for x: the weights are constant, and need not wait for other kernels.
+    __device__ __forceinline__ void start_weights() {
+        start([&](uint32_t stage) { copy_weight(stage); });
+    }
+
     __device__ __forceinline__ void start_x() {
-        const uint32_t base = shared_address(ring);
-#pragma unroll 1
-        for (int c = 0; c < kStages - 1; ++c) {
-            if (c < left) {
-                copy_x(base + c * Layout::kStageBytes);
-            }
-            copy_async_commit();
-        }
+        start([&](uint32_t stage) { copy_x(stage); });
         left -= kStages - 1;
         fill = (kStages - 1) * Layout::kStageBytes;
     }
@@ -174,10 +172,7 @@ __device__ __forceinline__ void one_row_fragments(
                     const uint32_t scale = b == 0 ? two & ((1u << kBits) - 1) : two >> kBits;
                     decode_word<kFormat>(view, word, scale, pair);
                 }
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    w[2 * b + c / 2][i + 2 * (c % 2)] = pair[c];
-                }
+                place_pairs(pair, i, b, w);
             }
         }
     }
