@@ -340,10 +340,14 @@ MatmulArgs product_of(
 // LoRA's narrow products, and those that are launched next: of few rows they need not wait for the
 // narrow ones, only for the x of both.
 void run_beside(Stream& stream, MatmulGroup& narrow, WeightFormat format, MatmulGroup& beside) {
-    if (beside.args[0].m > kNarrowMaxRows) {
+    if (beside.args[0].m > kBesideMaxRows) {
         return;
     }
-    const bool asks = format == WeightFormat::kInt4 && asks_for_x(narrow, beside);
+    // Not of bf16: weights that load so early take the memory from the narrow products.
+    const bool asks =
+        format == WeightFormat::kInt4 &&
+        (asks_for_x(narrow, beside) || (has_wgmma() && fit_one_row<WeightFormat::kInt4>(beside) &&
+                                        fit_one_row<WeightFormat::kBF16>(narrow)));
     uint32_t* flag = asks ? stream.take_flag() : nullptr;
     for (int32_t i = 0; i < narrow.count; ++i) {
         narrow.args[i].releases_late = !asks;

@@ -41,16 +41,17 @@ struct MatmulArgs {
     int32_t segment = 0;  // its length cut into segments of this many
     // LoRA's u = x A^T runs just before the product that adds u B^T, and both read x. Where the
     // first lets its successor start only once x is there (releases_late), the second need not wait
-    // before its epilogue (x_is_ready). Up to kNarrowMaxRows rows; a member may ignore x_is_ready.
+    // before its epilogue (x_is_ready). Up to kBesideMaxRows rows; a member may ignore x_is_ready.
     // With x_flag (Stream::take_flag) in both, the second starts at once and asks there for x,
-    // which the first announces: only where asks_for_x().
+    // which the first announces: only where both members know it (run_beside()).
     bool releases_late = false;
     bool x_is_ready = false;
     uint32_t* x_flag = nullptr;
     Epilogue epilogue;
 };
 
-constexpr int32_t kNarrowMaxRows = 64;  // of x, in the members for few rows
+constexpr int32_t kNarrowMaxRows = 64;   // of x, in the members for few rows
+constexpr int32_t kBesideMaxRows = 511;  // of LoRA's products side by side
 
 // Products of one launch (q, k and v; gate and up; parts of one contraction), of one format and m.
 constexpr int kMaxGroup = 8;

@@ -107,7 +107,7 @@ struct NarrowInt4Loads {
         }
     }
 
-    // Until x is there. The last block that has asked takes the flag down.
+    // Until x is there.
     __device__ __forceinline__ void wait_for_x(const MatmulArgs& a) const {
         if (!a.x_is_ready) {
             return wait_for_predecessor();
@@ -115,10 +115,6 @@ struct NarrowInt4Loads {
         if (a.x_flag != nullptr) {
             wait_for_flag(a.x_flag);
             fence_for_copies();
-            if (atomicAdd(a.x_flag + 1, 1u) == gridDim.x - 1) {
-                a.x_flag[0] = 0;
-                a.x_flag[1] = 0;
-            }
         }
     }
 
@@ -139,6 +135,11 @@ struct NarrowInt4Loads {
             }
             load_x(ring, chunk);
             ring.advance();
+        }
+        // Only now, when nobody waits for the answer: the last block that asked leaves zeros.
+        if (a.x_flag != nullptr && atomicAdd(a.x_flag + 1, 1u) == gridDim.x - 1) {
+            a.x_flag[0] = 0;
+            a.x_flag[1] = 0;
         }
     }
 };
@@ -421,8 +422,7 @@ inline int64_t number_int4_blocks(MatmulGroup& group, int groups, int segments) 
 // (MatmulArgs::x_flag): the member that launch_small_tile() takes for `narrow` announces x.
 inline bool asks_for_x(const MatmulGroup& narrow, const MatmulGroup& beside) {
     const int32_t rows = beside.args[0].m;
-    bool asks =
-        rows > kDecodeMaxRows && rows <= kNarrowMaxRows && has_wgmma() && fits_narrow_int4(beside);
+    bool asks = rows > 8 && rows <= kNarrowMaxRows && has_wgmma() && fits_narrow_int4(beside);
     for (int32_t i = 0; i < beside.count; ++i) {
         asks = asks && beside.args[i].epilogue.columns > 128;
     }

@@ -336,6 +336,17 @@ struct OneRowShares {
 
 static_assert(kOneRowWarps == kSegments);
 
+// MatmulArgs::x_flag, for all threads of the block. Returns how many blocks had asked, in thread 0.
+__device__ __forceinline__ uint32_t ask_for_x(const MatmulArgs& a) {
+    uint32_t asked = 0;
+    if (threadIdx.x == 0) {
+        wait_for_flag(a.x_flag);
+        asked = atomicAdd(a.x_flag + 1, 1u);  // the answer is not waited for here
+    }
+    __syncthreads();
+    return asked;
+}
+
 // Warps side by side share 16 weight rows: those of the segments, or with swiglu gate's and up's.
 template <WeightFormat kFormat, int kStages>
 __global__ void __launch_bounds__(kOneRowWarps * 32)
@@ -367,6 +378,14 @@ __global__ void __launch_bounds__(kOneRowWarps * 32)
     if (!a.x_is_ready) {
         wait_for_predecessor();
     }
+    uint32_t asked = 0;
+    if (a.x_flag != nullptr) {
+        if (a.x_is_ready) {
+            asked = ask_for_x(a);
+        } else if (blockIdx.x == 0 && threadIdx.x == 0) {
+            set_flag(a.x_flag);
+        }
+    }
     if (a.releases_late) {
         release_successor();
     }
@@ -379,6 +398,10 @@ __global__ void __launch_bounds__(kOneRowWarps * 32)
     multiply_one_row(a.w, stream, chunks, acc);
     if (a.x_is_ready) {
         wait_for_predecessor();
+        if (a.x_flag != nullptr && threadIdx.x == 0 && asked == gridDim.x - 1) {
+            a.x_flag[0] = 0;  // The last one leaves zeros.
+            a.x_flag[1] = 0;
+        }
     }
     float sums[2] = {acc[0], acc[2]};
     if (cut) {
@@ -436,17 +459,22 @@ bool fits_swiglu(const MatmulGroup& group) {
            fits_one_row<kFormat>(gate) && fits_one_row<kFormat>(up);
 }
 
+template <WeightFormat kFormat>
+bool fit_one_row(const MatmulGroup& group) {
+    return std::all_of(group.args, group.args + group.count, fits_one_row<kFormat>);
+}
+
 // False: not for these products.
 template <WeightFormat kFormat>
 bool launch_one_row(cudaStream_t queue, MatmulGroup& group) {
     if constexpr (kHasOneRow<kFormat>) {
+        if (!fit_one_row<kFormat>(group)) {
+            return false;
+        }
         const bool swiglu = group.swiglu != nullptr;  // all blocks are the first product's
         int64_t blocks = 0;
         for (int32_t i = 0; i < group.count; ++i) {
             const MatmulArgs& a = group.args[i];
-            if (!fits_one_row<kFormat>(a)) {
-                return false;
-            }
             const int sharing = swiglu ? 2 : num_segments(a.k, a.segment);
             group.first_block[i] = static_cast<int32_t>(blocks);
             if (!swiglu || i == 0) {

@@ -361,6 +361,10 @@ __device__ __forceinline__ void stage_output(
     const int row0 = Shape::warp() / Shape::kWarpsN * Shape::kWarpRows + (lane >> 2);
     const int col0 = Shape::warp() % Shape::kWarpsN * Shape::kWarpCols;
     const Epilogue& e = a.epilogue;
+    // So many fragments of LoRA's B are loaded at once: their latency is most of the work, and the
+    // loop over the rank keeps the compiler from doing it.
+    constexpr int kBatch = std::min(8, Shape::kFragN);
+    static_assert(Shape::kFragN % kBatch == 0);
 #pragma unroll
     for (int i = 0; i < Shape::kFragM; ++i) {
         uint32_t u[4] = {};
@@ -368,21 +372,30 @@ __device__ __forceinline__ void stage_output(
             lora_u_fragment(u, e, m0 + row0 + 16 * i, a.m, 0);
         }
 #pragma unroll
-        for (int j = 0; j < Shape::kFragN; ++j) {
-            float v[4] = {acc[i][j][0], acc[i][j][1], acc[i][j][2], acc[i][j][3]};
-            if (with_lora) {
-                float lora[4];
-                const int32_t n = n0 + col0 + 8 * j;
-                const uint2 b = lora_b_fragment<kByRank>(e, n, a.n, 0);
-                lora_fragment<kByRank>(lora, e, u, b, m0 + row0 + 16 * i, a.m, n, a.n);
+        for (int first = 0; first < Shape::kFragN; first += kBatch) {
+            uint2 b[kBatch] = {};
 #pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    v[c] = add_lora(e, v[c], lora[c]);
-                }
+            for (int j = 0; with_lora && j < kBatch; ++j) {
+                b[j] = lora_b_fragment<kByRank>(e, n0 + col0 + 8 * (first + j), a.n, 0);
             }
-            float* at = out + (row0 + 16 * i) * Shape::kRowFloats + col0 + 8 * j + 2 * (lane & 3);
-            *reinterpret_cast<float2*>(at) = float2{v[0], v[1]};
-            *reinterpret_cast<float2*>(at + 8 * Shape::kRowFloats) = float2{v[2], v[3]};
+#pragma unroll
+            for (int k = 0; k < kBatch; ++k) {
+                const int j = first + k;
+                float v[4] = {acc[i][j][0], acc[i][j][1], acc[i][j][2], acc[i][j][3]};
+                if (with_lora) {
+                    float lora[4];
+                    const int32_t n = n0 + col0 + 8 * j;
+                    lora_fragment<kByRank>(lora, e, u, b[k], m0 + row0 + 16 * i, a.m, n, a.n);
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) {
+                        v[c] = add_lora(e, v[c], lora[c]);
+                    }
+                }
+                float* at =
+                    out + (row0 + 16 * i) * Shape::kRowFloats + col0 + 8 * j + 2 * (lane & 3);
+                *reinterpret_cast<float2*>(at) = float2{v[0], v[1]};
+                *reinterpret_cast<float2*>(at + 8 * Shape::kRowFloats) = float2{v[2], v[3]};
+            }
         }
     }
 }
@@ -604,7 +617,9 @@ __device__ __forceinline__ void multiply_through_tile(
     if constexpr (!kPlain) {
         start_packed(w, a, length, ring + Shape::kBytesX);
     }
-    wait_for_predecessor();
+    if (!a.x_is_ready) {
+        wait_for_predecessor();
+    }
     if (a.releases_late) {
         release_successor();
     }
@@ -651,6 +666,9 @@ __device__ __forceinline__ void multiply_through_tile(
     }
     if constexpr (kSegmented) {
         close_segment(total, acc);
+    }
+    if (a.x_is_ready) {
+        wait_for_predecessor();
     }
     team_sync();  // Nobody reads the ring any more; it takes the output now.
     auto* out = reinterpret_cast<float*>(ring);

@@ -50,7 +50,9 @@ __device__ __forceinline__ void multiply_through_wgmma(
         return static_cast<uint32_t>(step % Shape::kStages) * Shape::kStageBytes;
     };
 
-    release_successor();
+    if (!a.releases_late) {
+        release_successor();
+    }
     TileX<Shape> x(a, m0, 0);
     WeightTile<Shape, kFormat, kBackward, 2> w(a, n0, 0);
     const auto load_stage = [&](int32_t step) {
@@ -67,7 +69,12 @@ __device__ __forceinline__ void multiply_through_wgmma(
     if constexpr (!kPlain) {
         start_packed(w, a, a.k, shared + Shape::kBytesX);
     }
-    wait_for_predecessor();
+    if (!a.x_is_ready) {
+        wait_for_predecessor();
+    }
+    if (a.releases_late) {
+        release_successor();
+    }
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
         load_stage(s);
@@ -115,6 +122,9 @@ __device__ __forceinline__ void multiply_through_wgmma(
         });
     }
     wgmma_wait<0>();
+    if (a.x_is_ready) {
+        wait_for_predecessor();
+    }
     __syncthreads();  // Nobody reads the ring any more; it takes the output now.
     auto* out = reinterpret_cast<float*>(shared);
     const bool has_lora = a.epilogue.lora_u != nullptr;
