@@ -352,7 +352,7 @@ Tensor Scratch::take(DType dtype, std::initializer_list<int64_t> shape) {
 
 Stream::Stream(const Device& on) : device(on), scratch(on) {
     if (!on.is_cpu()) {
-        handle = cuda::create_stream(on.ordinal);
+        handle_ = cuda::create_stream(on.ordinal);
         constexpr size_t kBytes = kFlags * 2 * sizeof(uint32_t);
         flags_ = static_cast<uint32_t*>(device_allocate(on, kBytes));
         zero_fill(*this, flags_, kBytes);
@@ -366,7 +366,8 @@ uint32_t* Stream::take_flag() {
 
 Stream::~Stream() {
     if (!is_cpu()) {
-        cuda::destroy_stream(device.ordinal, handle);
+        deferred.reset();
+        cuda::destroy_stream(device.ordinal, handle_);
         device_free(device, flags_);
     }
 }
@@ -375,7 +376,7 @@ void copy_to_device(Stream& stream, void* to, const void* from, size_t bytes) {
     if (stream.is_cpu()) {
         std::memcpy(to, from, bytes);
     } else {
-        cuda::copy_to_device(stream.handle, to, from, bytes);
+        cuda::copy_to_device(stream.handle(), to, from, bytes);
     }
 }
 
@@ -383,7 +384,7 @@ void start_copy_to_host(Stream& stream, void* to, const void* from, size_t bytes
     if (stream.is_cpu()) {
         std::memcpy(to, from, bytes);
     } else {
-        cuda::copy_to_host(stream.handle, to, from, bytes);
+        cuda::copy_to_host(stream.handle(), to, from, bytes);
     }
 }
 
@@ -396,7 +397,7 @@ void copy_on_device(Stream& stream, void* to, const void* from, size_t bytes) {
     if (stream.is_cpu()) {
         std::memmove(to, from, bytes);
     } else {
-        cuda::copy_on_device(stream.handle, to, from, bytes);
+        cuda::copy_on_device(stream.handle(), to, from, bytes);
     }
 }
 
@@ -404,20 +405,20 @@ void zero_fill(Stream& stream, void* to, size_t bytes) {
     if (stream.is_cpu()) {
         std::memset(to, 0, bytes);
     } else {
-        cuda::zero_fill(stream.handle, to, bytes);
+        cuda::zero_fill(stream.handle(), to, bytes);
     }
 }
 
 void synchronize(Stream& stream) {
     if (!stream.is_cpu()) {
-        cuda::synchronize(stream.handle);
+        cuda::synchronize(stream.handle());
     }
 }
 
 void wait_for(Stream& stream, Stream& other) {
     CHECK(&stream.device == &other.device, "(streams of two devices)");
     if (!stream.is_cpu()) {
-        cuda::wait_for(stream.device.ordinal, stream.handle, other.handle);
+        cuda::wait_for(stream.device.ordinal, stream.handle(), other.handle());
     }
 }
 

@@ -164,6 +164,15 @@ class ScratchScope {
     Scratch::Mark mark_;
 };
 
+struct Stream;
+
+// Work that an op has put off, because the next op may do it on its way.
+class DeferredWork {
+  public:
+    virtual ~DeferredWork() = default;
+    virtual void launch(const Stream& stream) = 0;  // if there is any; then there is none
+};
+
 struct Stream {
     explicit Stream(const Device& on);
     ~Stream();
@@ -172,7 +181,15 @@ struct Stream {
 
     const Device& device;
     Scratch scratch;
-    void* handle = nullptr;  // cudaStream_t on a GPU
+    std::unique_ptr<DeferredWork> deferred;  // null until an op first puts something off
+
+    // cudaStream_t on a GPU; all that was put off is launched.
+    void* handle() const {
+        if (deferred != nullptr) {
+            deferred->launch(*this);
+        }
+        return handle_;
+    }
 
     // On a GPU: two words by which kernels of this stream tell each other that something is there
     // (MatmulArgs::x_flag). Zero before, and what uses them leaves zeros. Kernels start before
@@ -185,6 +202,7 @@ struct Stream {
 
   private:
     static constexpr size_t kFlags = 1024;
+    void* handle_ = nullptr;
     uint32_t* flags_ = nullptr;
     size_t flags_taken_ = 0;
 };

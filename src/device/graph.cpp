@@ -13,9 +13,9 @@ Graph::Graph(Stream& stream, std::function<void()> body)
     body_();
     synchronize(stream);
     stream.scratch.release(mark);
-    cuda::begin_capture(stream.handle);
+    cuda::begin_capture(stream.handle());
     body_();
-    graph_ = cuda::end_capture(stream.handle);
+    graph_ = cuda::end_capture(stream.handle());
     stream.scratch.release(mark);
 }
 
@@ -30,7 +30,7 @@ void Graph::launch() {
         const ScratchScope scope(stream_->scratch);
         body_();
     } else {
-        cuda::launch_graph(graph_, stream_->handle);
+        cuda::launch_graph(graph_, stream_->handle());
     }
 }
 

@@ -1,4 +1,5 @@
 // The linear op and its backward on the GPU: adapters around the matmul family.
+#include <algorithm>
 #include <vector>
 
 #include "device/cuda/rows.cuh"
@@ -91,29 +92,34 @@ RotateArgs rotate_args(const Tensor& x, const Tensor& oft_d, const Tensor& y) {
     return args;
 }
 
-// The inputs of products as their rotations give them, one launch where these are alike.
+// The inputs of products as their rotations give them, one launch where these are alike, which then
+// norms the row that is still to be normed.
 void rotate_inputs(Stream& stream, std::span<const LinearParams> params, Tensor (&x)[kMaxGroup]) {
     std::vector<RotateArgs> all;
-    const auto run = [&] {
-        if (!all.empty()) {
-            rotate(queue_of(stream), all, false);
-            all.clear();
-        }
-    };
+    std::vector<const bf16*> outputs;
     for (size_t i = 0; i < params.size(); ++i) {
         const LinearParams& p = params[i];
         x[i] = p.x;
-        if (p.adapter.kind != AdapterKind::kOft) {
-            continue;
+        if (p.adapter.kind == AdapterKind::kOft) {
+            x[i] = stream.scratch.take(DType::kBF16, {p.x.rows(), p.x.cols()});
+            all.push_back(rotate_args(p.x, p.adapter.oft_d, x[i]));
+            outputs.push_back(all.back().y);
         }
-        x[i] = stream.scratch.take(DType::kBF16, {p.x.rows(), p.x.cols()});
-        const RotateArgs args = rotate_args(p.x, p.adapter.oft_d, x[i]);
-        if (!all.empty() && (all[0].width != args.width || all[0].block != args.block)) {
-            run();
-        }
-        all.push_back(args);
     }
-    run();
+    const bool alike = std::all_of(all.begin(), all.end(), [&](const RotateArgs& a) {
+        return a.x == all[0].x && a.width == all[0].width && a.block == all[0].block;
+    });
+    if (!alike) {
+        for (const RotateArgs& args : all) {
+            rotate(queue_of(stream), {&args, 1}, false);
+        }
+    } else if (!all.empty()) {
+        PendingNorm::Norm norm;
+        if (all[0].rows == 1 && rotation_norms(all[0].block)) {
+            norm = PendingNorm::take(stream, all[0].x, outputs);
+        }
+        rotate(queue_of(stream), all, false, norm);
+    }
 }
 
 // One product with a base's weight.

@@ -5,6 +5,7 @@
 
 #include "device/cuda/check.cuh"
 #include "ops/matmul_cuda.cuh"
+#include "ops/pending_norm_cuda.cuh"
 
 namespace orbit::cuda {
 
@@ -27,7 +28,16 @@ struct RotateArgs {
 // y = round(x + x D), or with transpose round(x + x D^T), for arguments that differ in x, d and y
 // alone; up to kMaxGroup of them. D is read before the kernel waits for its predecessor, unless
 // rows are sorted by expert. oft_cuda.cu.
-void rotate(cudaStream_t queue, std::span<const RotateArgs> args, bool transpose);
+// `norm`, if it has a y: x is that, of one row, and is made on the way; where rotation_norms().
+void rotate(
+    cudaStream_t queue,
+    std::span<const RotateArgs> args,
+    bool transpose,
+    const PendingNorm::Norm& norm = {}
+);
+
+// Whether rotations of blocks of this size can norm their input.
+bool rotation_norms(int32_t block);
 
 // grad[n][i][j] += sum_t x[t, n b + i] dxr[t, n b + j].
 void rotation_gradient(

@@ -1,32 +1,22 @@
 // RMSNorm on the GPU: 128 threads a row. Thread t sums the squares of its groups of eight in
 // ascending order, then lanes by butterfly, then the four warps in order: a function of the width
 // only.
+#include <utility>
+
 #include "device/cuda/check.cuh"
 #include "device/cuda/math.cuh"
 #include "device/cuda/rows.cuh"
 #include "ops/cuda_ops.h"
+#include "ops/norm_cuda.cuh"
+#include "ops/pending_norm_cuda.cuh"
 
 namespace orbit::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = kNormThreads;
 constexpr int kWarps = kThreads / 32;
 
-__device__ __forceinline__ float inverse_rms(float sum_of_squares, float width, float eps) {
-    const float mean = __fdiv_rn(sum_of_squares, width);
-    return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, eps)));
-}
-
 constexpr int kKept = 4;  // groups of a thread that stay in registers between the two passes
-
-__device__ __forceinline__ Eight load_norm_weight(const float* weight, int64_t i, int64_t width) {
-    Eight w;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        w.v[j] = 8 * i + j < width ? weight[8 * i + j] : 0.0f;
-    }
-    return w;
-}
 
 __global__ void __launch_bounds__(kThreads)
     rms_norm_kernel(const bf16* x, const float* weight, float eps, int64_t width, bf16* y) {
@@ -45,12 +35,6 @@ __global__ void __launch_bounds__(kThreads)
     }
     wait_for_predecessor();
     float sum = 0.0f;
-    const auto add_squares = [&](const Eight& e) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            sum = __fmaf_rn(e.v[j], e.v[j], sum);
-        }
-    };
     Eight kept[kKept];
 #pragma unroll
     for (int k = 0; k < kKept; ++k) {
@@ -61,20 +45,16 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < kKept; ++k) {
         if (first + k * kThreads < groups) {
-            add_squares(kept[k]);
+            sum = add_squares(kept[k], sum);
         }
     }
     for (int64_t i = first + kKept * kThreads; i < groups; i += kThreads) {
-        add_squares(load_eight(row, i, width, aligned));
+        sum = add_squares(load_eight(row, i, width, aligned), sum);
     }
     sum = block_sum<kWarps>(sum, shared);
     const float scale = inverse_rms(sum, static_cast<float>(width), eps);
-    const auto store = [&](Eight e, const Eight& of, int64_t i) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            e.v[j] = __fmul_rn(__fmul_rn(e.v[j], scale), of.v[j]);
-        }
-        store_eight(y + blockIdx.x * width, i, width, aligned, e);
+    const auto store = [&](const Eight& e, const Eight& of, int64_t i) {
+        store_eight(y + blockIdx.x * width, i, width, aligned, normed(e, scale, of));
     };
 #pragma unroll
     for (int k = 0; k < kKept; ++k) {
@@ -139,9 +119,55 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(
 
 }  // namespace
 
+void PendingNorm::put_off(Stream& stream, const Norm& norm) {
+    if (stream.deferred == nullptr) {
+        stream.deferred = std::make_unique<PendingNorm>();
+    }
+    auto& pending = static_cast<PendingNorm&>(*stream.deferred);
+    pending.launch(stream);
+    pending.norm_ = norm;
+}
+
+PendingNorm::Norm PendingNorm::take(
+    Stream& stream, const bf16* x, std::span<const bf16* const> outputs
+) {
+    if (stream.deferred == nullptr) {
+        return {};
+    }
+    Norm& norm = static_cast<PendingNorm&>(*stream.deferred).norm_;
+    bool takes = norm.y != nullptr && norm.y == x;
+    for (const bf16* y : outputs) {
+        takes = takes && (y + norm.width <= norm.x || norm.x + norm.width <= y);
+    }
+    return takes ? std::exchange(norm, {}) : Norm{};
+}
+
+void PendingNorm::launch(const Stream& stream) {
+    const Norm n = std::exchange(norm_, {});
+    if (n.y != nullptr) {
+        launch_early(
+            rms_norm_kernel,
+            dim3(1),
+            kThreads,
+            0,
+            queue_of(stream),
+            n.x,
+            n.weight,
+            n.eps,
+            n.width,
+            n.y
+        );
+    }
+}
+
 void rms_norm(Stream& stream, Tensor x, const float* weight, float eps, Tensor y) {
     if (x.rows() == 0) {
         return;
+    }
+    if (x.rows() == 1 && x.cols() % 8 == 0) {
+        return PendingNorm::put_off(
+            stream, {activations(x), weight, eps, x.cols(), activations(y)}
+        );
     }
     launch_early(
         rms_norm_kernel,

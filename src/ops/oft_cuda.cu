@@ -1,8 +1,10 @@
 // OFT on the GPU: x + x D with mma.sync.m16n8k16 over each block, k16 steps ascending, the sum with
 // x in fp32, one rounding. Block sizes 16, 32, 64, 128 on tensor cores; any other by plain loops
 // (the choice depends on the block size alone, so it never splits rollout from training).
+#include "device/cuda/math.cuh"
 #include "ops/dense_cuda.cuh"
 #include "ops/grouped_cuda.cuh"
+#include "ops/norm_cuda.cuh"
 
 namespace orbit::cuda {
 namespace {
@@ -58,6 +60,30 @@ __device__ __forceinline__ void load_rotate_rows(
             const bool valid = row0 + row < a.rows && col < a.width;
             const bf16* from = valid ? a.x + static_cast<int64_t>(row0 + row) * a.width + col : a.x;
             copy_async_16(to + row * row_bytes + granule * 16, from, valid);
+        }
+    }
+}
+
+// The window's columns of the row that `norm` makes; the whole row is read for it.
+__device__ __forceinline__ void make_normed_row(
+    const PendingNorm::Norm& norm, bool stores, char* to, int32_t col0, int window
+) {
+    static_assert(kRotateThreads == kNormThreads);
+    __shared__ float shared[kNormThreads / 32];
+    const int64_t group = col0 / 8 + static_cast<int32_t>(threadIdx.x);
+    const bool own = static_cast<int>(threadIdx.x) < window / 8 && group < norm.width / 8;
+    Eight weight{};
+    if (own) {  // constant
+        weight = load_norm_weight(norm.weight, group, norm.width);
+    }
+    wait_for_predecessor();
+    const float scale = inverse_rms_of_row(norm.x, norm.width, norm.eps, shared);
+    if (own) {
+        const Eight x = unpack_eight(reinterpret_cast<const uint4*>(norm.x)[group]);
+        const uint4 y = pack_eight(normed(x, scale, weight));
+        reinterpret_cast<uint4*>(to)[threadIdx.x] = y;
+        if (stores) {
+            reinterpret_cast<uint4*>(norm.y)[group] = y;
         }
     }
 }
@@ -131,8 +157,9 @@ __device__ __forceinline__ bool take_expert(RotateArgs& a, int32_t& row0) {
 
 struct RotateGroup {
     RotateArgs args[kMaxGroup];
-    int32_t together;  // products of a thread block, which read the same x
-    int32_t window;    // columns of a thread block
+    int32_t together;        // products of a thread block, which read the same x
+    int32_t window;          // columns of a thread block
+    PendingNorm::Norm norm;  // with a y: x is that, of one row, and is made on the way
 };
 
 // A warp: 16 rows. Where a block has fewer than four times as many, warps share them, and take the
@@ -159,7 +186,11 @@ __global__ void __launch_bounds__(kRotateThreads)
             load_rotation<kBlock>(products[p].d, a.width, to, col0, window);
         }
     };
-    if (a.offsets == nullptr) {
+    const PendingNorm::Norm& norm = group.norm;
+    if (norm.y != nullptr) {
+        load_rotations();
+        make_normed_row(norm, blockIdx.z == 0, shared, col0, window);
+    } else if (a.offsets == nullptr) {
         load_rotations();
         wait_for_predecessor();
     } else {
@@ -170,7 +201,9 @@ __global__ void __launch_bounds__(kRotateThreads)
         load_rotations();
     }
     const int tiles = min(kRotateWarps, (a.rows - row0 + 15) / 16);
-    load_rotate_rows(a, x_tile, row_bytes_x, row0, col0, 16 * tiles, window);
+    if (norm.y == nullptr) {
+        load_rotate_rows(a, x_tile, row_bytes_x, row0, col0, 16 * tiles, window);
+    }
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
@@ -288,12 +321,14 @@ void cut_for_few_rows(RotateGroup& group, int32_t width, int32_t count) {
 }
 
 template <int kBlock, bool kTranspose>
-void launch_rotate(cudaStream_t queue, std::span<const RotateArgs> args) {
+void launch_rotate(
+    cudaStream_t queue, std::span<const RotateArgs> args, const PendingNorm::Norm& norm
+) {
     const auto kernel = rotate_kernel<kBlock, kTranspose>;
     using Shared = RotateShared<kBlock>;
     const RotateArgs& a = args[0];
     const auto count = static_cast<int32_t>(args.size());
-    RotateGroup group{{}, 1, kWindow};
+    RotateGroup group{{}, 1, kWindow, norm};
     std::copy(args.begin(), args.end(), group.args);
     if (a.rows <= kRotateRows && a.offsets == nullptr) {
         cut_for_few_rows<kBlock>(group, a.width, count);
@@ -329,11 +364,16 @@ void launch_rotate(cudaStream_t queue, std::span<const RotateArgs> args) {
 }
 
 template <int kBlock>
-void launch_rotate(cudaStream_t queue, std::span<const RotateArgs> args, bool transpose) {
+void launch_rotate(
+    cudaStream_t queue,
+    std::span<const RotateArgs> args,
+    bool transpose,
+    const PendingNorm::Norm& norm
+) {
     if (transpose) {
-        launch_rotate<kBlock, true>(queue, args);
+        launch_rotate<kBlock, true>(queue, args, norm);
     } else {
-        launch_rotate<kBlock, false>(queue, args);
+        launch_rotate<kBlock, false>(queue, args, norm);
     }
 }
 
@@ -446,7 +486,17 @@ void launch_rotation_gradient(
 
 }  // namespace
 
-void rotate(cudaStream_t queue, std::span<const RotateArgs> args, bool transpose) {
+bool rotation_norms(int32_t block) {
+    return block == 16 || block == 32 || block == 64 || block == 128;
+}
+
+void rotate(
+    cudaStream_t queue,
+    std::span<const RotateArgs> args,
+    bool transpose,
+    const PendingNorm::Norm& norm
+) {
+    CHECK(norm.y == nullptr || (rotation_norms(args[0].block) && args[0].rows == 1));
     CHECK(!args.empty() && args.size() <= size_t{kMaxGroup});
     for (const RotateArgs& a : args) {
         CHECK(a.rows == args[0].rows && a.width == args[0].width && a.block == args[0].block);
@@ -454,13 +504,13 @@ void rotate(cudaStream_t queue, std::span<const RotateArgs> args, bool transpose
     }
     switch (args[0].block) {
         case 16:
-            return launch_rotate<16>(queue, args, transpose);
+            return launch_rotate<16>(queue, args, transpose, norm);
         case 32:
-            return launch_rotate<32>(queue, args, transpose);
+            return launch_rotate<32>(queue, args, transpose, norm);
         case 64:
-            return launch_rotate<64>(queue, args, transpose);
+            return launch_rotate<64>(queue, args, transpose, norm);
         case 128:
-            return launch_rotate<128>(queue, args, transpose);
+            return launch_rotate<128>(queue, args, transpose, norm);
         default:
             break;
     }

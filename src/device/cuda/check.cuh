@@ -37,7 +37,7 @@ namespace orbit::cuda {
 // The stream's queue, with its GPU made current for this thread (launches need that).
 inline cudaStream_t queue_of(const Stream& stream) {
     CUDA_CHECK(cudaSetDevice(stream.device.ordinal));
-    return static_cast<cudaStream_t>(stream.handle);
+    return static_cast<cudaStream_t>(stream.handle());
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
