@@ -5,7 +5,7 @@
 
 #include "device/cuda/check.cuh"
 #include "ops/matmul_cuda.cuh"
-#include "ops/pending_norm_cuda.cuh"
+#include "ops/norm_cuda.cuh"
 
 namespace orbit::cuda {
 

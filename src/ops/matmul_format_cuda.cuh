@@ -161,7 +161,7 @@ bool launch_few_rows(cudaStream_t queue, MatmulGroup& group) {
 // 9 to 16 rows of a weight of many rows: the matrix unit of Hopper is quicker.
 template <WeightFormat kFormat>
 bool launch_narrow_16(cudaStream_t queue, MatmulGroup& group) {
-    return group.args[0].m > 8 && widest(group) > 128 && has_wgmma() &&
+    return group.args[0].m >= kNarrowMinRows && widest(group) > 128 && has_wgmma() &&
            launch_few_rows<kFormat>(queue, group);
 }
 

@@ -422,7 +422,8 @@ inline int64_t number_int4_blocks(MatmulGroup& group, int groups, int segments) 
 // (MatmulArgs::x_flag): the member that launch_small_tile() takes for `narrow` announces x.
 inline bool asks_for_x(const MatmulGroup& narrow, const MatmulGroup& beside) {
     const int32_t rows = beside.args[0].m;
-    bool asks = rows > 8 && rows <= kNarrowMaxRows && has_wgmma() && fits_narrow_int4(beside);
+    bool asks =
+        rows >= kNarrowMinRows && rows <= kNarrowMaxRows && has_wgmma() && fits_narrow_int4(beside);
     for (int32_t i = 0; i < beside.count; ++i) {
         asks = asks && beside.args[i].epilogue.columns > 128;
     }

@@ -8,7 +8,6 @@
 #include "device/cuda/rows.cuh"
 #include "ops/cuda_ops.h"
 #include "ops/norm_cuda.cuh"
-#include "ops/pending_norm_cuda.cuh"
 
 namespace orbit::cuda {
 namespace {

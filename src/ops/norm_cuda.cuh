@@ -1,5 +1,8 @@
-// The arithmetic of RMSNorm's forward, for its kernel and for others that norm a row on their way.
+// The arithmetic of RMSNorm's forward, for its kernel and for others that norm a row on their way,
+// and the norm of one row that is put off for them.
 #pragma once
+
+#include <span>
 
 #include "device/cuda/math.cuh"
 #include "device/cuda/rows.cuh"
@@ -53,5 +56,31 @@ __device__ __forceinline__ float inverse_rms_of_row(
     sum = block_sum<kNormThreads / 32>(sum, shared);
     return inverse_rms(sum, static_cast<float>(width), eps);
 }
+
+// The norm of one row, put off until the next op: the rotations of an OFT adapter norm the row
+// themselves, with the same bits, and store it too, which spares a kernel. Anything else launches
+// it first (Stream::handle()). norm_cuda.cu.
+class PendingNorm final : public DeferredWork {
+  public:
+    // y = x / rms(x) weight; [width] all of them, a multiple of 8.
+    struct Norm {
+        const bf16* x = nullptr;
+        const float* weight = nullptr;
+        float eps = 0.0f;
+        int64_t width = 0;
+        bf16* y = nullptr;
+    };
+
+    static void put_off(Stream& stream, const Norm& norm);
+
+    // The norm that makes x, now the caller's to do; y null: x is there. `outputs`, [width] each,
+    // are what the caller writes while he reads the norm's x: they may not overlap it.
+    static Norm take(Stream& stream, const bf16* x, std::span<const bf16* const> outputs);
+
+    void launch(const Stream& stream) override;
+
+  private:
+    Norm norm_;
+};
 
 }  // namespace orbit::cuda

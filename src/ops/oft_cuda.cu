@@ -4,7 +4,6 @@
 #include "device/cuda/math.cuh"
 #include "ops/dense_cuda.cuh"
 #include "ops/grouped_cuda.cuh"
-#include "ops/norm_cuda.cuh"
 
 namespace orbit::cuda {
 namespace {
