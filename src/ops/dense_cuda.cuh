@@ -27,8 +27,8 @@ struct RotateArgs {
 
 // y = round(x + x D), or with transpose round(x + x D^T), for arguments that differ in x, d and y
 // alone; up to kMaxGroup of them. D is read before the kernel waits for its predecessor, unless
-// rows are sorted by expert. oft_cuda.cu.
-// `norm`, if it has a y: x is that, of one row, and is made on the way; where rotation_norms().
+// rows are sorted by expert. `norm`, if it has a y: x is that, of one row, and is made on the way;
+// where rotation_norms(). oft_cuda.cu.
 void rotate(
     cudaStream_t queue,
     std::span<const RotateArgs> args,

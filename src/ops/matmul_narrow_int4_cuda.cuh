@@ -136,10 +136,8 @@ struct NarrowInt4Loads {
             load_x(ring, chunk);
             ring.advance();
         }
-        // Only now, when nobody waits for the answer: the last block that asked leaves zeros.
-        if (a.x_flag != nullptr && atomicAdd(a.x_flag + 1, 1u) == gridDim.x - 1) {
-            a.x_flag[0] = 0;
-            a.x_flag[1] = 0;
+        if (a.x_flag != nullptr) {  // Only now, when nothing is held up by the answer.
+            clear_after_last(a.x_flag, count_waiter(a.x_flag));
         }
     }
 };

@@ -341,7 +341,7 @@ __device__ __forceinline__ uint32_t ask_for_x(const MatmulArgs& a) {
     uint32_t asked = 0;
     if (threadIdx.x == 0) {
         wait_for_flag(a.x_flag);
-        asked = atomicAdd(a.x_flag + 1, 1u);  // the answer is not waited for here
+        asked = count_waiter(a.x_flag);  // the answer is not waited for here
     }
     __syncthreads();
     return asked;
@@ -398,9 +398,8 @@ __global__ void __launch_bounds__(kOneRowWarps * 32)
     multiply_one_row(a.w, stream, chunks, acc);
     if (a.x_is_ready) {
         wait_for_predecessor();
-        if (a.x_flag != nullptr && threadIdx.x == 0 && asked == gridDim.x - 1) {
-            a.x_flag[0] = 0;  // The last one leaves zeros.
-            a.x_flag[1] = 0;
+        if (a.x_flag != nullptr && threadIdx.x == 0) {
+            clear_after_last(a.x_flag, asked);
         }
     }
     float sums[2] = {acc[0], acc[2]};

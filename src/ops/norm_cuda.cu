@@ -1,6 +1,5 @@
-// RMSNorm on the GPU: 128 threads a row. Thread t sums the squares of its groups of eight in
-// ascending order, then lanes by butterfly, then the four warps in order: a function of the width
-// only.
+// RMSNorm on the GPU: 128 threads a row, whose sums are a function of the width only
+// (norm_cuda.cuh).
 #include <utility>
 
 #include "device/cuda/check.cuh"

@@ -49,6 +49,19 @@ __device__ __forceinline__ void wait_for_flag(const uint32_t* flag) {
     }
 }
 
+// A flag's second word counts the blocks that have waited for it. Returns how many had before.
+__device__ __forceinline__ uint32_t count_waiter(uint32_t* flag) {
+    return atomicAdd(flag + 1, 1u);
+}
+
+// For the last of them, by count_waiter()'s answer: both words are zero again.
+__device__ __forceinline__ void clear_after_last(uint32_t* flag, uint32_t counted) {
+    if (counted == gridDim.x - 1) {
+        flag[0] = 0;
+        flag[1] = 0;
+    }
+}
+
 // A barrier of `threads` threads of the block; 0 is __syncthreads' own.
 __device__ __forceinline__ void barrier_sync(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
