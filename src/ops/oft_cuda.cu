@@ -483,10 +483,32 @@ void launch_rotation_gradient(
     add_partials(queue, partial, static_cast<int32_t>(splits), count, 1.0f, grad);
 }
 
+// Calls run with the block size as a constant where there are kernels for it. False: there are
+// none.
+template <typename Run>
+bool with_block(int32_t block, const Run& run) {
+    switch (block) {
+        case 16:
+            run(std::integral_constant<int, 16>{});
+            return true;
+        case 32:
+            run(std::integral_constant<int, 32>{});
+            return true;
+        case 64:
+            run(std::integral_constant<int, 64>{});
+            return true;
+        case 128:
+            run(std::integral_constant<int, 128>{});
+            return true;
+        default:
+            return false;
+    }
+}
+
 }  // namespace
 
 bool rotation_norms(int32_t block) {
-    return block == 16 || block == 32 || block == 64 || block == 128;
+    return with_block(block, [](auto) {});
 }
 
 void rotate(
@@ -495,23 +517,17 @@ void rotate(
     bool transpose,
     const PendingNorm::Norm& norm
 ) {
-    CHECK(norm.y == nullptr || (rotation_norms(args[0].block) && args[0].rows == 1));
     CHECK(!args.empty() && args.size() <= size_t{kMaxGroup});
+    CHECK(norm.y == nullptr || (rotation_norms(args[0].block) && args[0].rows == 1));
     for (const RotateArgs& a : args) {
         CHECK(a.rows == args[0].rows && a.width == args[0].width && a.block == args[0].block);
         CHECK(args.size() == 1 || a.offsets == nullptr);
     }
-    switch (args[0].block) {
-        case 16:
-            return launch_rotate<16>(queue, args, transpose, norm);
-        case 32:
-            return launch_rotate<32>(queue, args, transpose, norm);
-        case 64:
-            return launch_rotate<64>(queue, args, transpose, norm);
-        case 128:
-            return launch_rotate<128>(queue, args, transpose, norm);
-        default:
-            break;
+    const bool launched = with_block(args[0].block, [&](auto block) {
+        launch_rotate<decltype(block)::value>(queue, args, transpose, norm);
+    });
+    if (launched) {
+        return;
     }
     for (const RotateArgs& a : args) {
         const int64_t count = static_cast<int64_t>(a.rows) * a.width;
@@ -529,17 +545,11 @@ void rotation_gradient(
     int32_t block,
     float* grad
 ) {
-    switch (block) {
-        case 16:
-            return launch_rotation_gradient<16>(stream, x, dxr, rows, width, grad);
-        case 32:
-            return launch_rotation_gradient<32>(stream, x, dxr, rows, width, grad);
-        case 64:
-            return launch_rotation_gradient<64>(stream, x, dxr, rows, width, grad);
-        case 128:
-            return launch_rotation_gradient<128>(stream, x, dxr, rows, width, grad);
-        default:
-            break;
+    const bool launched = with_block(block, [&](auto size) {
+        launch_rotation_gradient<decltype(size)::value>(stream, x, dxr, rows, width, grad);
+    });
+    if (launched) {
+        return;
     }
     const int64_t count = static_cast<int64_t>(width) * block;
     rotation_gradient_plain_kernel<<<grid_dim(ceil_div(count, 256)), 256, 0, queue_of(stream)>>>(
