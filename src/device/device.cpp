@@ -356,6 +356,7 @@ Stream::Stream(const Device& on) : device(on), scratch(on) {
         constexpr size_t kBytes = kFlags * 2 * sizeof(uint32_t);
         flags_ = static_cast<uint32_t*>(device_allocate(on, kBytes));
         zero_fill(*this, flags_, kBytes);
+        squares_ = static_cast<float*>(device_allocate(on, kSquares * sizeof(float)));
     }
 }
 
@@ -369,6 +370,7 @@ Stream::~Stream() {
         deferred.reset();
         cuda::destroy_stream(device.ordinal, handle_);
         device_free(device, flags_);
+        device_free(device, squares_);
     }
 }
 

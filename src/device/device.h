@@ -196,6 +196,10 @@ struct Stream {
     // their predecessors end, so the next kFlags - 1 calls give others.
     uint32_t* take_flag();
 
+    // On a GPU: room for the sums that a product leaves to the next op (Epilogue::squares).
+    static constexpr int64_t kSquares = 64 * 256;
+    float* squares() const { return squares_; }
+
     bool is_cpu() const { return device.is_cpu(); }
 
     ThreadPool& threads() const { return *device.threads; }
@@ -204,6 +208,7 @@ struct Stream {
     static constexpr size_t kFlags = 1024;
     void* handle_ = nullptr;
     uint32_t* flags_ = nullptr;
+    float* squares_ = nullptr;
     size_t flags_taken_ = 0;
 };
 

@@ -70,14 +70,17 @@ Tensor Pass::rms_norm(Tensor x, const float* weight) {
     return y;
 }
 
+AdapterView Pass::adapter_of(const LinearWeights& weights) const {
+    return adapter != nullptr && slot != kNoAdapter ? adapter->view(slot, weights.site)
+                                                    : AdapterView{};
+}
+
 LinearParams Pass::linear_params(Tensor x, const LinearWeights& weights) const {
     LinearParams p;
     p.x = x;
     p.w = weights.w;
     p.bias = weights.bias;
-    if (adapter != nullptr && slot != kNoAdapter) {
-        p.adapter = adapter->view(slot, weights.site);
-    }
+    p.adapter = adapter_of(weights);
     return p;
 }
 
@@ -103,9 +106,17 @@ void Pass::record_linear(const LinearParams& p, int32_t site, Tensor y) {
     });
 }
 
-Tensor Pass::linear(Tensor x, const LinearWeights& weights, Tensor residual, Tensor out) {
-    const Tensor y = out.defined() ? out : scratch_like(*this, x.rows(), weights.w.rows);
-    LinearParams p = linear_params(x, weights);
+Tensor Pass::linear(
+    const LinearInput& input, const LinearWeights& weights, Tensor residual, Tensor out
+) {
+    const Tensor y = out.defined() ? out : scratch_like(*this, input.x.rows(), weights.w.rows);
+    LinearParams p = linear_params(input.x, weights);
+    // What is added to a residual is what the next norm reads.
+    p.before_rotations = residual.defined() && p.adapter.kind == AdapterKind::kOft;
+    if (input.rotated) {
+        CHECK(tape == nullptr, "(backward reads what is not rotated)");
+        p.adapter = {};
+    }
     p.residual = residual;
     if (computes(out)) {
         keep_lora_u(p);
@@ -115,7 +126,9 @@ Tensor Pass::linear(Tensor x, const LinearWeights& weights, Tensor residual, Ten
     return y;
 }
 
-Tensor Pass::linear_swiglu(Tensor x, const LinearWeights& gate, const LinearWeights& up) {
+LinearInput Pass::linear_swiglu(
+    Tensor x, const LinearWeights& gate, const LinearWeights& up, const LinearWeights& reader
+) {
     if (tape != nullptr) {
         const std::vector<Tensor> both = linears(x, {&gate, &up});
         return swiglu(both[0], both[1]);
@@ -123,8 +136,12 @@ Tensor Pass::linear_swiglu(Tensor x, const LinearWeights& gate, const LinearWeig
     const std::vector<LinearParams> params{linear_params(x, gate), linear_params(x, up)};
     const std::vector<Tensor> outputs{
         scratch_like(*this, x.rows(), gate.w.rows), scratch_like(*this, x.rows(), up.w.rows)};
-    return orbit::linear_swiglu(stream, params, outputs) ? outputs[0]
-                                                         : swiglu(outputs[0], outputs[1]);
+    const SwigluResult result =
+        orbit::linear_swiglu(stream, params, outputs, adapter_of(reader).oft_d);
+    if (result == SwigluResult::kGateAndUp) {
+        return swiglu(outputs[0], outputs[1]);
+    }
+    return {outputs[0], result == SwigluResult::kRotated};
 }
 
 std::vector<Tensor> Pass::linears(Tensor x, std::initializer_list<const LinearWeights*> weights) {
@@ -166,7 +183,9 @@ RotatedHeads Pass::norm_rope(Tensor q, Tensor k, Tensor v, const LayerWeights& w
     return y;
 }
 
-Tensor Pass::attention(const RotatedHeads& heads, Tensor v, KvView pages) {
+LinearInput Pass::attention(
+    const RotatedHeads& heads, Tensor v, KvView pages, const LinearWeights& reader
+) {
     const Tensor q = heads.q;
     AttentionParams p;
     p.q = q;
@@ -177,8 +196,13 @@ Tensor Pass::attention(const RotatedHeads& heads, Tensor v, KvView pages) {
     p.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(model.config.head_dim)));
     const auto [o, lse] =
         kept_attention != nullptr ? *kept_attention : take_attention_output(*this, tape != nullptr);
+    const bool for_backward = tape != nullptr || kept_attention != nullptr;
+    if (!for_backward) {
+        p.oft_d = adapter_of(reader).oft_d;
+    }
+    bool rotated = false;
     if (kept_attention == nullptr || tape == nullptr) {
-        orbit::attention(stream, p, o, lse);
+        rotated = orbit::attention(stream, p, o, lse);
     }
     if (tape != nullptr) {
         tape->record([this, p, o = o, lse = lse](Tape& t) {
@@ -190,7 +214,7 @@ Tensor Pass::attention(const RotatedHeads& heads, Tensor v, KvView pages) {
             attention_backward(stream, p, o, lse, d_o, dq.grad, dk.grad, dv.grad);
         });
     }
-    return o;
+    return {o.reshaped({o.shape[0], o.shape[1] * o.shape[2]}), rotated};
 }
 
 Tensor Pass::swiglu(Tensor gate, Tensor up) {

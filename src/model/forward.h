@@ -24,6 +24,15 @@ struct RotatedHeads {
     Tensor k;  // [T, Hkv, head_dim]
 };
 
+// What a linear layer reads. The op that made it may have rotated it already, as the layer's OFT
+// adapter does.
+struct LinearInput {
+    LinearInput(Tensor input, bool is_rotated = false) : x(input), rotated(is_rotated) {}
+
+    Tensor x;  // [T, in]
+    bool rotated;
+};
+
 // What attention leaves of one layer.
 struct AttentionOutput {
     Tensor o;              // [T, H, d]
@@ -51,15 +60,26 @@ struct Pass {
     // output of its layer: with a tape it is not computed, since backward asks for its gradient
     // alone.
     Tensor rms_norm(Tensor x, const float* weight);
-    Tensor linear(Tensor x, const LinearWeights& weights, Tensor residual = {}, Tensor out = {});
+    Tensor linear(
+        const LinearInput& input,
+        const LinearWeights& weights,
+        Tensor residual = {},
+        Tensor out = {}
+    );
     // Several layers of one input.
     std::vector<Tensor> linears(Tensor x, std::initializer_list<const LinearWeights*> weights);
     // q and k ([T, heads, head_dim]) normed and rotated; that k, and v, are in the pages then,
     // where attention reads them.
     RotatedHeads norm_rope(Tensor q, Tensor k, Tensor v, const LayerWeights& w, KvView pages);
-    Tensor attention(const RotatedHeads& heads, Tensor v, KvView pages);
+    // For the layer `reader`.
+    LinearInput attention(
+        const RotatedHeads& heads, Tensor v, KvView pages, const LinearWeights& reader
+    );
     Tensor swiglu(Tensor gate, Tensor up);
-    Tensor linear_swiglu(Tensor x, const LinearWeights& gate, const LinearWeights& up);
+    // silu(gate) up, for the layer `reader`.
+    LinearInput linear_swiglu(
+        Tensor x, const LinearWeights& gate, const LinearWeights& up, const LinearWeights& reader
+    );
     // Mixture of experts: T tokens become T K rows sorted by expert, and T tokens again.
     Routing route(Tensor x, const MoeWeights& moe);
     // The layer's experts on the device: `moe` itself, or what was copied for these rows.
@@ -71,6 +91,7 @@ struct Pass {
     );
     Tensor combine(const Routing& routing, Tensor x, Tensor residual, Tensor out);
 
+    AdapterView adapter_of(const LinearWeights& weights) const;
     LinearParams linear_params(Tensor x, const LinearWeights& weights) const;
     void keep_lora_u(LinearParams& p) const;  // for backward, with a tape
     void record_linear(const LinearParams& p, int32_t site, Tensor y);

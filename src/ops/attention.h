@@ -21,14 +21,16 @@ struct AttentionParams {
     KvView kv;
     BatchView batch;
     float scale = 0;
+    Tensor oft_d;  // AdapterView::oft_d of the linear layer that reads o, or undefined
 };
 
 // Writes k and v into their pages.
 void append_kv(Stream& stream, const AttentionParams& p);
 
 // The batch's own rows lie in the pages already. o: [T, H, d]. lse: float32 [T, H] (log-sum-exp of
-// the scaled scores), or null when no backward follows.
-void attention(Stream& stream, const AttentionParams& p, Tensor o, float* lse);
+// the scaled scores), or null when no backward follows. True where a kernel of a GPU has rotated o
+// as p.oft_d says, with the bits of linear(): then o is round(o + o D).
+bool attention(Stream& stream, const AttentionParams& p, Tensor o, float* lse);
 
 // For batches of whole sequences (sequence_position all 0): reads q, k, v of the batch, not the
 // pages. Overwrites dq, dk, dv; deterministic (fixed order, no atomics).

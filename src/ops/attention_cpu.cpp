@@ -191,12 +191,13 @@ void append_kv(Stream& stream, const AttentionParams& p) {
     with_compute_type(p.k.dtype, [&](auto type) { append<decltype(type)>(stream, p); });
 }
 
-void attention(Stream& stream, const AttentionParams& p, Tensor o, float* lse) {
+bool attention(Stream& stream, const AttentionParams& p, Tensor o, float* lse) {
     if (!stream.is_cpu()) {
         return cuda::attention(stream, p, o, lse);
     }
     check_shapes(p, o);
     with_compute_type(p.q.dtype, [&](auto type) { forward<decltype(type)>(stream, p, o, lse); });
+    return false;
 }
 
 void attention_backward(

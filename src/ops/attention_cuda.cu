@@ -184,9 +184,9 @@ void append_kv(Stream& stream, const AttentionParams& p) {
     launch_early(write_pages_kernel, grid, 256, 0, queue_of(stream), a);
 }
 
-void attention(Stream& stream, const AttentionParams& p, Tensor o, float* lse) {
+bool attention(Stream& stream, const AttentionParams& p, Tensor o, float* lse) {
     if (p.batch.num_tokens == 0) {
-        return;
+        return false;
     }
     CHECK_EQ(p.q.rank, 3);
     const int64_t head_dim = p.q.shape[2];
@@ -214,13 +214,19 @@ void attention(Stream& stream, const AttentionParams& p, Tensor o, float* lse) {
     a.kv_heads = static_cast<int32_t>(p.k.shape[1]);
     a.scale = p.scale;
     a.scale_log2 = p.scale * kLog2E;
+    const bool rotates = p.oft_d.defined() && decode_rotates(a, head_dim, p.oft_d.shape[1]);
+    if (rotates) {
+        CHECK(lse == nullptr, "(backward would read the rotated o)");
+        CHECK_EQ(p.oft_d.shape[0] * p.oft_d.shape[1], a.heads * head_dim);
+        a.oft_d = activations(p.oft_d);
+    }
     const cudaStream_t queue = queue_of(stream);
     const bool only_short = a.num_tokens == a.num_sequences;
     launch_decode(queue, a, head_dim, only_short, p.batch.max_positions);
-    if (only_short) {
-        return;
+    if (!only_short) {
+        head_dim == 64 ? launch_prefill<64>(queue, a) : launch_prefill<128>(queue, a);
     }
-    head_dim == 64 ? launch_prefill<64>(queue, a) : launch_prefill<128>(queue, a);
+    return rotates;
 }
 
 }  // namespace orbit::cuda

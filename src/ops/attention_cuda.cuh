@@ -37,7 +37,8 @@ struct AttentionArgs {
     const int32_t* sequence_position;
     const int32_t* block_table;
     bf16* o;
-    float* lse;  // or null
+    float* lse;         // or null
+    const bf16* oft_d;  // the rotation of o, where decode_rotates(); or null
     int32_t num_tokens;
     int32_t num_sequences;
     int32_t max_blocks;
@@ -373,6 +374,9 @@ locate(const int32_t* sequence_begin, int32_t num_sequences, int32_t index, Coun
     }
     return SequenceSlot{-1, 0};
 }
+
+// Whether launch_decode() can rotate o by an OFT adapter's blocks of this size.
+bool decode_rotates(const AttentionArgs& a, int64_t head_dim, int64_t block);
 
 // The rows of short sequences (`only_short`: all of the batch's, one each). max_positions: more
 // than any position of the batch.

@@ -9,6 +9,7 @@
 #include "device/cuda/tma.cuh"
 #include "ops/attention_cuda.cuh"
 #include "ops/matmul_cuda.cuh"
+#include "ops/oft_cuda.cuh"
 
 namespace orbit::cuda {
 namespace {
@@ -33,7 +34,8 @@ struct DecodeRow {
     int32_t sequence;
     int32_t kv_head;
     int32_t num_rows;  // query heads
-    int64_t head_row;  // the first of them in [T * heads]
+    int32_t head;      // the first of them
+    int64_t head_row;  // the same in [T * heads]
     int32_t last_key;
     int32_t tiles;
 };
@@ -46,7 +48,8 @@ decode_row(const AttentionArgs& a, int32_t sequence, int32_t token) {
     d.sequence = sequence;
     d.kv_head = static_cast<int32_t>(blockIdx.y);
     d.num_rows = min(kRows, group - first);
-    d.head_row = static_cast<int64_t>(token) * a.heads + d.kv_head * group + first;
+    d.head = d.kv_head * group + first;
+    d.head_row = static_cast<int64_t>(token) * a.heads + d.head;
     d.last_key = a.positions[token];
     d.tiles = d.last_key / kKeyTile + 1;
     return d;
@@ -141,13 +144,29 @@ __device__ __forceinline__ void load_weights(uint32_t (&p)[4], uint32_t tile, in
     );
 }
 
+// Rows g and g + 8 divided by their sums and rounded.
+template <int kFragments>
+__device__ __forceinline__ void finish_rows(
+    const float (&o)[kFragments][4], const SoftmaxRow (&row)[2], uint32_t (&pairs)[2][kFragments]
+) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float inverse = __frcp_rn(row[i].total());
+#pragma unroll
+        for (int j = 0; j < kFragments; ++j) {
+            pairs[i][j] =
+                pack_bf16(__fmul_rn(o[j][2 * i], inverse), __fmul_rn(o[j][2 * i + 1], inverse));
+        }
+    }
+}
+
 // Writes the lane's rows, channels channel0.. of the head; whoever has channel 0 writes the
 // log-sum-exp.
 template <int kHeadDim, int kFragments>
 __device__ __forceinline__ void store_channels(
     const AttentionArgs& a,
     const DecodeRow& d,
-    const float (&o)[kFragments][4],
+    const uint32_t (&pairs)[2][kFragments],
     const SoftmaxRow (&row)[2],
     int channel0
 ) {
@@ -157,18 +176,48 @@ __device__ __forceinline__ void store_channels(
     for (int i = 0; i < 2; ++i) {
         const int r = (lane >> 2) + 8 * i;
         const float total = row[i].total();
-        const float inverse = __frcp_rn(total);
         if (r < d.num_rows) {
             bf16* out = a.o + (d.head_row + r) * kHeadDim + channel0 + 2 * quad;
 #pragma unroll
             for (int j = 0; j < kFragments; ++j) {
-                *reinterpret_cast<uint32_t*>(out + 8 * j) =
-                    pack_bf16(__fmul_rn(o[j][2 * i], inverse), __fmul_rn(o[j][2 * i + 1], inverse));
+                *reinterpret_cast<uint32_t*>(out + 8 * j) = pairs[i][j];
             }
             if (a.lse != nullptr && channel0 == 0 && quad == 0) {
                 a.lse[d.head_row + r] = log_sum_exp(row[i].max, total, a.scale);
             }
         }
+    }
+}
+
+// ---- the rotation of o by an OFT adapter --------------------------------------------------------
+//
+// Every head has blocks of its own, so each of a warp's rows is multiplied with one block after the
+// other, and kept from its own.
+
+constexpr int kWideHead = 128;   // channels of heads that are rotated here
+constexpr int kFusedHeads = 8;  // of a KV head, at most: rows g
+
+// Adds to row g of x, 32 channels, as `pairs` has kTiles fragments of it from `fragment0` on, its
+// product with block g of D. `place`: of a head, where the ring or room of D has its block.
+template <int kTiles, typename Multiply>
+__device__ __forceinline__ void rotate_heads(
+    int32_t heads, const Multiply& multiply, uint32_t (&pairs)[kTiles]
+) {
+    const int g = static_cast<int>(threadIdx.x & 31) >> 2;
+    float v[kTiles][2] = {};
+#pragma unroll 1
+    for (int32_t head = 0; head < heads; ++head) {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+            float acc[4];
+            multiply(acc, head, t);
+            v[t][0] = head == g ? acc[0] : v[t][0];
+            v[t][1] = head == g ? acc[1] : v[t][1];
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+        pairs[t] = add_rotated(pairs[t], v[t][0], v[t][1]);
     }
 }
 
@@ -180,6 +229,37 @@ struct BlockShared {
     static constexpr int kParts = kWeights + kWeightTile;
     static constexpr int kBytes = kParts + static_cast<int>(sizeof(TileParts));
 };
+
+// D of four heads in the room of a tile.
+constexpr int kHeadsOfTile = 4;
+static_assert(kHeadsOfTile * kWideHead * kRotationRowBytes == Tile<kWideHead>::kBytes);
+
+// Heads [first, first + kHeadsOfTile) of the block's, as far as they exist.
+__device__ __forceinline__ void load_rotations(
+    const AttentionArgs& a, const DecodeRow& d, uint32_t to, int32_t first
+) {
+    const int32_t rows = min(kHeadsOfTile, d.num_rows - first) * kWideHead;
+    const bf16* from =
+        a.oft_d + static_cast<int64_t>(d.head + first) * kWideHead * kFusedRotation;
+    copy_rotations(to, from, rows, static_cast<int>(threadIdx.x), kThreads);
+}
+
+// The warp's 32 channels of the block's heads, whose D the ring has from item `item` on.
+__device__ __forceinline__ void rotate_channels(
+    const DecodeRow& d, uint32_t ring, int32_t item, uint32_t (&pairs)[2][kRotationFragments]
+) {
+    uint32_t x[2][4];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        x[i / 4][i % 4] = pairs[i % 2][i / 2];
+    }
+    const int channel = static_cast<int>(threadIdx.x) / 32 * kFusedRotation;
+    const auto multiply = [&](float(&acc)[4], int32_t head, int t) {
+        const uint32_t tile = ring + (item + head / kHeadsOfTile) % kRing * Tile<kWideHead>::kBytes;
+        multiply_rotation(acc, x, tile, head % kHeadsOfTile * kWideHead + channel, t);
+    };
+    rotate_heads(d.num_rows, multiply, pairs[0]);
+}
 
 // Warp w scores keys 32w.. of a tile and weighs channels w d/4.. of its values. `waits`: the kernel
 // has not waited for its predecessor yet.
@@ -209,6 +289,9 @@ __device__ __forceinline__ void attend(
                 tile,
                 d.last_key
             );
+        } else if (kHeadDim == kWideHead && a.oft_d != nullptr && tile == d.tiles) {
+            const uint32_t to = ring + item % kRing * Tile<kHeadDim>::kBytes;
+            load_rotations(a, d, to, (item & 1) * kHeadsOfTile);
         }
         copy_async_commit();
     };
@@ -264,7 +347,16 @@ __device__ __forceinline__ void attend(
             weigh_values<kKeyTile>(o, p, v_tile, 16 * step, warp * kChannels / 8);
         }
     }
-    store_channels<kHeadDim>(a, d, o, row, warp * kChannels);
+    uint32_t pairs[2][kChannels / 8];
+    finish_rows(o, row, pairs);
+    if constexpr (kHeadDim == kWideHead) {
+        if (a.oft_d != nullptr) {
+            copy_async_wait<0>();
+            __syncthreads();  // D is there.
+            rotate_channels(d, ring, 2 * d.tiles, pairs);
+        }
+    }
+    store_channels<kHeadDim>(a, d, pairs, row, warp * kChannels);
 }
 
 // kOnlyShort: every sequence of the batch has one row.
@@ -314,7 +406,10 @@ struct SpreadShared {
     static constexpr int kParts = kWeights + kTiles * kWeightTile;  // of the block's tiles
     static constexpr int kSum = kParts + kOwn * static_cast<int>(sizeof(TileParts));
     static constexpr int kMax = kSum + kTiles * kRows * static_cast<int>(sizeof(float4));
-    static constexpr int kBytes = kMax + kTiles * kRows * static_cast<int>(sizeof(float));
+    // The heads' 32 channels that a pair of blocks has.
+    static constexpr int kPair = kMax + kTiles * kRows * static_cast<int>(sizeof(float));
+    static constexpr int kPairRow = kFusedRotation * 2 + 16;  // bytes, padded
+    static constexpr int kBytes = kPair + kFusedHeads * kPairRow;
 };
 
 // 16 bytes at an address of this block's shared memory, out of that of block `block`.
@@ -444,6 +539,59 @@ __device__ __forceinline__ void weigh_slice(
     }
 }
 
+// D of the 32 channels that the block's pair has, of all heads.
+__device__ __forceinline__ void load_pair_rotations(
+    const AttentionArgs& a, const DecodeRow& d, uint32_t to, int32_t block
+) {
+    for (int32_t head = 0; head < d.num_rows; ++head) {
+        const int64_t channel = (d.head + head) * kWideHead + block / 2 * kFusedRotation;
+        copy_rotations(
+            to + head * kFusedRotation * kRotationRowBytes,
+            a.oft_d + channel * kFusedRotation,
+            kFusedRotation,
+            static_cast<int>(threadIdx.x),
+            kThreads
+        );
+    }
+}
+
+// Row g of the block's eight channels to both blocks of the pair.
+template <int kRowBytes>
+__device__ __forceinline__ void send_to_pair(
+    char* pair, int32_t block, int warp, int32_t num_rows, uint32_t value
+) {
+    const int lane = threadIdx.x & 31;
+    const int channel = block % 2 * (kFusedRotation / 2) + 8 * warp + 2 * (lane & 3);
+    auto* own = reinterpret_cast<uint32_t*>(pair + (lane >> 2) * kRowBytes + channel * 2);
+    if (lane >> 2 < num_rows) {
+        *own = value;
+        *const_cast<uint32_t*>(in_block_of_cluster(own, block ^ 1)) = value;
+    }
+}
+
+// The warp's eight channels of row g, in `value`.
+template <int kRowBytes>
+__device__ __forceinline__ void rotate_slice(
+    const DecodeRow& d,
+    uint32_t pair,
+    uint32_t rotations,
+    int32_t block,
+    int warp,
+    uint32_t (&value)[1]
+) {
+    const int lane = threadIdx.x & 31;
+    uint32_t x[2][4];
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+        const int at = (lane & 7) * kRowBytes + (2 * step + (lane >> 4)) * 16;  // rows twice
+        ldmatrix_x4(x[step][0], x[step][1], x[step][2], x[step][3], pair + at);
+    }
+    const auto multiply = [&](float(&acc)[4], int32_t head, int) {
+        multiply_rotation(acc, x, rotations, head * kFusedRotation, block % 2 * 2 + warp);
+    };
+    rotate_heads(d.num_rows, multiply, value);
+}
+
 template <int kHeadDim, int kOwn>
 __global__ void __launch_bounds__(kThreads) attention_spread_kernel(AttentionArgs a) {
     using Shared = SpreadShared<kHeadDim, kOwn>;
@@ -492,6 +640,7 @@ __global__ void __launch_bounds__(kThreads) attention_spread_kernel(AttentionArg
         }
         copy_async_commit();
     };
+    const bool rotates = kHeadDim == kWideHead && a.oft_d != nullptr;
     const int32_t old = d.tiles - 1;  // tiles that no kernel under way writes to
     load_keys(0, 0, old);
     load_values(0, 0, old);
@@ -517,6 +666,9 @@ __global__ void __launch_bounds__(kThreads) attention_spread_kernel(AttentionArg
             }
         }
         cluster_sync();  // All blocks' maxima are there; the keys are done with.
+        if (rotates && next >= d.tiles) {
+            load_pair_rotations(a, d, keys, block);
+        }
         load_keys(next, next, d.tiles);
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) {
@@ -574,10 +726,25 @@ __global__ void __launch_bounds__(kThreads) attention_spread_kernel(AttentionArg
         __syncthreads();  // The values are done with.
         load_values(next, next, d.tiles);
     }
-    if (warp < Shared::kChannels / 8) {
-        store_channels<kHeadDim>(a, d, o, row, block * Shared::kChannels + 8 * warp);
+    const bool stores = warp < Shared::kChannels / 8;
+    const int channel0 = block * Shared::kChannels + 8 * warp;
+    uint32_t pairs[2][1];
+    if (stores) {
+        finish_rows(o, row, pairs);
+        if (rotates) {
+            char* pair = shared + Shared::kPair;
+            send_to_pair<Shared::kPairRow>(pair, block, warp, d.num_rows, pairs[0][0]);
+        } else {
+            store_channels<kHeadDim>(a, d, pairs, row, channel0);
+        }
     }
-    cluster_sync();  // Nobody leaves while others may read its weights.
+    copy_async_wait<0>();
+    cluster_sync();  // D and the pair's channels are there. Nobody reads others' weights any more.
+    if (rotates && stores) {
+        const uint32_t pair = keys + Shared::kPair;
+        rotate_slice<Shared::kPairRow>(d, pair, keys, block, warp, pairs[0]);
+        store_channels<kHeadDim>(a, d, pairs, row, channel0);
+    }
 }
 
 // ---- host ---------------------------------------------------------------------------------------
@@ -621,6 +788,11 @@ void launch(cudaStream_t queue, const AttentionArgs& a, bool only_short, int32_t
 }
 
 }  // namespace
+
+bool decode_rotates(const AttentionArgs& a, int64_t head_dim, int64_t block) {
+    return a.num_tokens == a.num_sequences && head_dim == kWideHead && block == kFusedRotation &&
+           a.heads / a.kv_heads <= kFusedHeads;
+}
 
 void launch_decode(
     cudaStream_t queue,

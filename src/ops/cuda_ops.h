@@ -28,7 +28,7 @@ void norm_rope_backward(Stream& stream, const NormRopeParams& p, Tensor dy, Tens
 void norm_rope_append(Stream& stream, const RopeAppendParams& p, Tensor q, Tensor k);
 
 void append_kv(Stream& stream, const AttentionParams& p);
-void attention(Stream& stream, const AttentionParams& p, Tensor o, float* lse);
+bool attention(Stream& stream, const AttentionParams& p, Tensor o, float* lse);
 void attention_backward(
     Stream& stream,
     const AttentionParams& p,
@@ -43,7 +43,12 @@ void swiglu(Stream& stream, Tensor gate, Tensor up, Tensor y);
 void swiglu_backward(Stream& stream, Tensor gate, Tensor up, Tensor dy, Tensor dgate, Tensor dup);
 void add(Stream& stream, Tensor a, Tensor b, Tensor y);
 void linear_group(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y);
-bool linear_swiglu(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y);
+SwigluResult linear_swiglu(
+    Stream& stream,
+    std::span<const LinearParams> params,
+    std::span<const Tensor> y,
+    const Tensor& oft_d
+);
 void linear_backward(
     Stream& stream,
     const LinearParams& p,

@@ -49,7 +49,7 @@ void append_kv(Stream&, const AttentionParams&) {
     no_cuda();
 }
 
-void attention(Stream&, const AttentionParams&, Tensor, float*) {
+bool attention(Stream&, const AttentionParams&, Tensor, float*) {
     no_cuda();
 }
 
@@ -87,7 +87,9 @@ void linear_group(Stream&, std::span<const LinearParams>, std::span<const Tensor
     no_cuda();
 }
 
-bool linear_swiglu(Stream&, std::span<const LinearParams>, std::span<const Tensor>) {
+SwigluResult linear_swiglu(
+    Stream&, std::span<const LinearParams>, std::span<const Tensor>, const Tensor&
+) {
     no_cuda();
 }
 

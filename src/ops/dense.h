@@ -43,6 +43,8 @@ struct LinearParams {
     const float* bias = nullptr;  // [out], or null
     AdapterView adapter;
     Tensor residual;  // [T, out], or undefined
+    // The next op norms y for layers with OFT adapters: a kernel may leave it what it needs for that.
+    bool before_rotations = false;
     // take_lora_u(), or undefined: linear() leaves LoRA's round(x A^T) there, and linear_backward()
     // reads it instead of computing it again.
     Tensor lora_u;
@@ -59,9 +61,22 @@ void linear(
 // fewer launches on a GPU. y[i] is no other one's input.
 void linear_group(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y);
 
-// linear_group() of two layers of one shape, gate and up. True where a kernel of a GPU has taken
-// both: then y[0] is silu(gate) up, with the bits of swiglu(), and y[1] is anything.
-bool linear_swiglu(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y);
+// What linear_swiglu() has left in y.
+enum class SwigluResult : uint8_t {
+    kGateAndUp,  // y[0] and y[1]
+    kSwiglu,     // y[0] is silu(gate) up, with the bits of swiglu(), and y[1] is anything
+    kRotated,    // y[0] is that rotated by `oft_d`, with the bits of linear()
+};
+
+// linear_group() of two layers of one shape, gate and up, and what a kernel of a GPU that takes
+// both can do in its end. oft_d: AdapterView::oft_d of the layer that reads silu(gate) up, or
+// undefined.
+SwigluResult linear_swiglu(
+    Stream& stream,
+    std::span<const LinearParams> params,
+    std::span<const Tensor> y,
+    const Tensor& oft_d = {}
+);
 
 // dx (+)= dy through base and adapter; adapter gradients are added to `grad` in token order (null
 // members: skipped). dx undefined: only the adapter gradients. The residual's gradient is dy itself

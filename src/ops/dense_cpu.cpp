@@ -286,15 +286,18 @@ void linear(Stream& stream, const LinearParams& p, Tensor y) {
     run_matmul(stream, m);
 }
 
-bool linear_swiglu(
-    Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y
+SwigluResult linear_swiglu(
+    Stream& stream,
+    std::span<const LinearParams> params,
+    std::span<const Tensor> y,
+    const Tensor& oft_d
 ) {
     CHECK_EQ(params.size(), size_t{2});
     if (!stream.is_cpu()) {
-        return cuda::linear_swiglu(stream, params, y);
+        return cuda::linear_swiglu(stream, params, y, oft_d);
     }
     linear_group(stream, params, y);
-    return false;
+    return SwigluResult::kGateAndUp;
 }
 
 void linear_group(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y) {

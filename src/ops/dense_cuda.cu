@@ -8,6 +8,7 @@
 #include "ops/logprob_cuda.cuh"
 #include "ops/matmul_narrow_int4_cuda.cuh"
 #include "ops/matmul_one_row_cuda.cuh"
+#include "ops/oft_cuda.cuh"
 
 namespace orbit::cuda {
 namespace {
@@ -115,7 +116,7 @@ void rotate_inputs(Stream& stream, std::span<const LinearParams> params, Tensor 
         }
     } else if (!all.empty()) {
         PendingNorm::Norm norm;
-        if (all[0].rows == 1 && rotation_norms(all[0].block)) {
+        if (rotation_norms(all[0].block)) {
             norm = PendingNorm::take(stream, all[0].x, outputs);
         }
         rotate(queue_of(stream), all, false, norm);
@@ -320,6 +321,15 @@ bool takes_swiglu(WeightFormat format, const MatmulGroup& group) {
     }
 }
 
+// For what a product leaves to the norm that comes next; null where no product does.
+float* room_for_squares(Stream& stream, const MatmulArgs& a) {
+    const int64_t pieces = a.n / kSquaresPiece;
+    const bool fits = a.m >= kNarrowMinRows && a.m <= kNarrowMaxRows &&
+                      a.n % (4 * kSquaresPiece) == 0 && a.epilogue.ldy == a.n &&
+                      a.m * pieces <= Stream::kSquares;
+    return fits ? stream.squares() : nullptr;
+}
+
 // The product of a layer whose rotated input is x. LoRA's narrow one is added to `shrinks`.
 MatmulArgs product_of(
     Stream& stream, const LinearParams& p, const Tensor& x, const Tensor& y, MatmulGroup& shrinks
@@ -329,6 +339,9 @@ MatmulArgs product_of(
     a.epilogue.bias = p.bias;
     if (p.residual.defined()) {
         a.epilogue.residual = activations(p.residual);
+    }
+    if (p.before_rotations) {
+        a.epilogue.squares = room_for_squares(stream, a);
     }
     if (p.adapter.kind == AdapterKind::kLora) {
         const Tensor u = p.lora_u.defined() ? p.lora_u : take_lora_u(stream, p);
@@ -365,13 +378,30 @@ void run_beside(Stream& stream, MatmulGroup& narrow, WeightFormat format, Matmul
     }
 }
 
+// Gate and up as one product; what it has left in y.
+SwigluResult multiply_swiglu(
+    Stream& stream, WeightFormat format, MatmulGroup& group, const Tensor& y, const Tensor& oft_d
+) {
+    group.swiglu = activations(y);
+    if (oft_d.defined() && oft_d.shape[1] == kFusedRotation && rotates_swiglu(group)) {
+        CHECK_EQ(oft_d.shape[0] * kFusedRotation, int64_t{group.args[0].n});
+        group.swiglu_d = activations(oft_d);
+    }
+    weight_matmul(stream, format, Direction::kForward, group);
+    return group.swiglu_d != nullptr ? SwigluResult::kRotated : SwigluResult::kSwiglu;
+}
+
 // linear_group(), or with `swiglu` linear_swiglu().
-bool run_linears(
-    Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y, bool swiglu
+SwigluResult run_linears(
+    Stream& stream,
+    std::span<const LinearParams> params,
+    std::span<const Tensor> y,
+    bool swiglu,
+    const Tensor& oft_d
 ) {
     CHECK_LE(params.size(), size_t{kMaxGroup});
     if (y[0].rows() == 0) {
-        return false;
+        return SwigluResult::kGateAndUp;
     }
     const ScratchScope scope(stream.scratch);
     MatmulGroup shrinks;
@@ -402,28 +432,33 @@ bool run_linears(
             run_beside(stream, shrinks, params[0].w.format, alike);
             matmul_group(queue_of(stream), WeightFormat::kBF16, Direction::kForward, shrinks);
         }
+        if (swiglu && takes_swiglu(params[i].w.format, alike)) {
+            return multiply_swiglu(stream, params[i].w.format, alike, y[0], oft_d);
+        }
         if (alike.count > 0) {
-            const bool as_one = swiglu && takes_swiglu(params[i].w.format, alike);
-            alike.swiglu = as_one ? activations(y[0]) : nullptr;
             weight_matmul(stream, params[i].w.format, Direction::kForward, alike);
-            if (as_one) {
-                return true;
-            }
+        }
+        if (alike.count == 1 && alike.squares_left) {
+            const Epilogue& e = alike.args[0].epilogue;
+            PendingNorm::squares_left(stream, static_cast<const bf16*>(e.y), e.squares);
         }
     }
-    return false;
+    return SwigluResult::kGateAndUp;
 }
 
 }  // namespace
 
 void linear_group(Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y) {
-    run_linears(stream, params, y, false);
+    run_linears(stream, params, y, false, {});
 }
 
-bool linear_swiglu(
-    Stream& stream, std::span<const LinearParams> params, std::span<const Tensor> y
+SwigluResult linear_swiglu(
+    Stream& stream,
+    std::span<const LinearParams> params,
+    std::span<const Tensor> y,
+    const Tensor& oft_d
 ) {
-    return run_linears(stream, params, y, true);
+    return run_linears(stream, params, y, true, oft_d);
 }
 
 void linear_backward(

@@ -27,8 +27,8 @@ struct RotateArgs {
 
 // y = round(x + x D), or with transpose round(x + x D^T), for arguments that differ in x, d and y
 // alone; up to kMaxGroup of them. D is read before the kernel waits for its predecessor, unless
-// rows are sorted by expert. `norm`, if it has a y: x is that, of one row, and is made on the way;
-// where rotation_norms(). oft_cuda.cu.
+// rows are sorted by expert. `norm`, if it has a y: x is that, and is made on the way; where
+// rotation_norms(). oft_cuda.cu.
 void rotate(
     cudaStream_t queue,
     std::span<const RotateArgs> args,
@@ -36,7 +36,7 @@ void rotate(
     const PendingNorm::Norm& norm = {}
 );
 
-// Whether rotations of blocks of this size can norm their input.
+// Whether rotations of blocks of this size can norm their input, what PendingNorm puts off.
 bool rotation_norms(int32_t block);
 
 // grad[n][i][j] += sum_t x[t, n b + i] dxr[t, n b + j].

@@ -29,6 +29,9 @@ struct Epilogue {
     int32_t rank = 0;
     int32_t ldb = 0;  // elements from a row of lora_b to the next
     float lora_scale = 0.0f;
+    // [m, columns / 64], or null: of y as it is stored, the sums of the squares of pieces of 64
+    // columns (norm_cuda.cuh). Members ignore it, but for those that say so: squares_left.
+    float* squares = nullptr;
 };
 
 struct MatmulArgs {
@@ -64,7 +67,21 @@ struct MatmulGroup {
     // Not null: of two products, gate and up, silu(gate) up [m, n], each of both rounded to bf16 as
     // it would be stored. Only for the members for one row and for INT4, where takes_swiglu().
     bf16* swiglu = nullptr;
+    // What is stored there is rotated by these blocks of kFusedRotation channels, where
+    // rotates_swiglu(). Null: it is not.
+    const bf16* swiglu_d = nullptr;
+    bool squares_left = false;  // set by the launch: Epilogue::squares are there
 };
+
+// Whether gate and up have inputs of their own, two rotations of one.
+__host__ __device__ inline bool swiglu_apart(const MatmulGroup& group) {
+    return group.swiglu != nullptr && group.args[0].x != group.args[1].x;
+}
+
+// The member for one row, and that for INT4 whose blocks have gate or up alone, rotate.
+inline bool rotates_swiglu(const MatmulGroup& group) {
+    return group.args[0].m == 1 || swiglu_apart(group);
+}
 
 // The product that this thread block works on; `block` becomes the block's number inside it.
 __device__ __forceinline__ const MatmulArgs& product_of_block(

@@ -8,6 +8,7 @@
 #include "device/cuda/tma.cuh"
 #include "device/cuda/wgmma.cuh"
 #include "ops/matmul_decode_cuda.cuh"
+#include "ops/norm_cuda.cuh"
 
 namespace orbit::cuda {
 
@@ -229,6 +230,22 @@ __device__ __forceinline__ void put_fragments(
     }
 }
 
+// Epilogue::squares of a piece, whose eight lanes come here together; v: of columns n.., not yet
+// rounded.
+__device__ __forceinline__ void leave_squares(
+    const Epilogue& e, const float (&v)[8], int32_t m, int32_t n
+) {
+    Eight rounded;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        rounded.v[i] = to_float(round_bf16(v[i]));
+    }
+    const float sum = sum_of_piece(add_squares(rounded, 0.0f), 0xffu << (threadIdx.x & 24));
+    if (threadIdx.x % 8 == 0) {
+        e.squares[static_cast<int64_t>(m) * (e.columns / kSquaresPiece) + n / kSquaresPiece] = sum;
+    }
+}
+
 // The rest of the epilogue and y, of `tokens` tokens from m0 on and the group's rows of the weight
 // from row0 on; eight neighbours a thread, so that y is written in whole lines.
 __device__ __forceinline__ void store_tile(
@@ -246,6 +263,9 @@ __device__ __forceinline__ void store_tile(
             float v[8];
             load_eight(v, from);
             finish_eight(e, v, m, n);
+            if (e.squares != nullptr) {
+                leave_squares(e, v, m, n);
+            }
         } else {
 #pragma unroll 1
             for (int c = 0; c < 8; ++c) {
@@ -520,6 +540,7 @@ bool launch_narrow(cudaStream_t queue, MatmulGroup& group) {
         narrow,
         segments
     );
+    group.squares_left = group.args[0].epilogue.squares != nullptr;
     return true;
 }
 

@@ -5,11 +5,15 @@
 // takes 128 cycles and as many as it has instructions.
 //
 // With MatmulGroup::swiglu a warp group has 32 rows of gate and the same 32 of up: its first two
-// warps' are gate's, and a stage's codes and scales are all of gate's rows, then all of up's.
+// warps' are gate's, and a stage's codes and scales are all of gate's rows, then all of up's. Where
+// the two have inputs of their own (swiglu_apart()), one block of a cluster of two has gate's rows
+// and the other the same of up; each ends half of the tokens.
 #pragma once
 
 #include "device/cuda/math.cuh"
+#include "device/cuda/quad.cuh"
 #include "ops/matmul_narrow_cuda.cuh"
+#include "ops/oft_cuda.cuh"
 
 namespace orbit::cuda {
 
@@ -79,6 +83,7 @@ struct NarrowInt4Loads {
     int32_t k_begin;
     int32_t chunks;
     int groups;
+    bool swiglu;  // rows of both products
 
     __device__ __forceinline__ void load_weights(const NarrowInt4Ring& ring, int32_t chunk) const {
         const int32_t column = k_begin + chunk * kInt4Chunk;
@@ -89,7 +94,7 @@ struct NarrowInt4Loads {
         // The maps' elements have two bytes: four codes, or a scale.
         copy_box(codes, group.codes[product], row0, column / 4, barrier);
         copy_box(scales, group.scales[product], row0, column / 32, barrier);
-        if (group.products.swiglu != nullptr) {
+        if (swiglu) {
             const uint32_t up_codes = codes + groups * (Layout::kCodeBytes / 2);
             const uint32_t up_scales = scales + groups * (Layout::kScaleBytes / 2);
             copy_box(up_codes, group.codes[1], row0, column / 4, barrier);
@@ -308,6 +313,163 @@ __device__ __forceinline__ void store_swiglu_tile(
     }
 }
 
+// Shared memory of a warp group where gate and up are apart: the sums for the other block, then
+// silu(gate) up of the tokens that this one ends, and D of the group's rows.
+template <int kTokens>
+struct SwigluApartRoom {
+    static constexpr int kFragments = kTokens / 8;
+    static constexpr int kEnded = kFragments / 2;  // by one block
+    static constexpr int kRowBytes = kNarrowRows * 2 + 16;
+    static constexpr int kTile = 4 * kFragments * 32 * static_cast<int>(sizeof(float4));
+    static constexpr int kRotations = kTile + kEnded * 8 * kRowBytes;
+    static constexpr int kBytes = kRotations + kNarrowRows * kRotationRowBytes;
+    static_assert(kNarrowMaxGroups * kBytes <= 2 * NarrowInt4Layout<kTokens>::kCodes +
+                                                   2 * kNarrowMaxGroups *
+                                                       NarrowInt4Layout<kTokens>::kCodeBytes);
+};
+
+// silu(gate) up of a warp's rows from row0 on and the tokens from fragment `first` on that the
+// block ends, to the group's tile.
+template <int kTokens>
+__device__ __forceinline__ void put_swiglu(
+    const MatmulGroup& products, int32_t row0, int first, const float4* sums, char* tile
+) {
+    using Room = SwigluApartRoom<kTokens>;
+    const int lane = static_cast<int>(threadIdx.x) & 31;
+    const int32_t row = static_cast<int>(threadIdx.x) / 32 % 4 * kDecodeRows + lane / 4;
+    float4 parts[2][Room::kEnded];
+    float bias[2][2] = {};
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+        const float4* of_block = in_block_of_cluster(sums + 32 * first + lane, p);
+        const float* all = products.args[p].epilogue.bias;
+#pragma unroll
+        for (int t = 0; t < Room::kEnded; ++t) {
+            parts[p][t] = of_block[32 * t];
+        }
+        if (all != nullptr) {
+            const int32_t n = products.args[p].n;
+            bias[p][0] = all[min(row0 + row, n - 1)];
+            bias[p][1] = all[min(row0 + row + 8, n - 1)];
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < Room::kEnded; ++t) {
+        float v[2][4];
+#pragma unroll
+        for (int p = 0; p < 2; ++p) {
+            const float4& four = parts[p][t];
+            const float sum[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float added = products.args[p].epilogue.bias == nullptr
+                                        ? sum[i]
+                                        : __fadd_rn(sum[i], bias[p][i / 2]);
+                v[p][i] = to_float(round_bf16(added));
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int token = 8 * t + 2 * (lane & 3) + i % 2;
+            auto* of_token = reinterpret_cast<bf16*>(tile + token * Room::kRowBytes);
+            of_token[row + 8 * (i / 2)] = round_bf16(swiglu_of(v[0][i], v[1][i]));
+        }
+    }
+}
+
+// The tile's tokens, of which the first is m0, rotated to y.
+template <int kTokens>
+__device__ __forceinline__ void store_rotated_tile(
+    const MatmulGroup& products, int32_t row0, int32_t m0, const char* tile, uint32_t rotations
+) {
+    using Room = SwigluApartRoom<kTokens>;
+    const int32_t n = products.args[0].n;
+    const int lane = static_cast<int>(threadIdx.x) & 31;
+    const int warp = static_cast<int>(threadIdx.x) / 32 % 4;
+    constexpr int kAcross = kNarrowRows / kFusedRotation;
+    constexpr int kItems = Room::kEnded / 2 * kAcross;  // of 16 tokens and a block of D
+    for (int item = warp; item < kItems; item += 4) {
+        const int token0 = item / kAcross * 16;
+        const int column0 = item % kAcross * kFusedRotation;
+        if (row0 + column0 >= n) {
+            continue;
+        }
+        uint32_t x[2][4];
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+            const int at = (token0 + (lane & 15)) * Room::kRowBytes +
+                           (column0 + 16 * step + (lane >> 4) * 8) * 2;
+            ldmatrix_x4(
+                x[step][0], x[step][1], x[step][2], x[step][3], shared_address(tile + at)
+            );
+        }
+        float acc[kRotationFragments][4];
+#pragma unroll
+        for (int t = 0; t < kRotationFragments; ++t) {
+            multiply_rotation(acc[t], x, rotations, column0, t);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            uint32_t pairs[4];
+#pragma unroll
+            for (int t = 0; t < 4; ++t) {  // as the M side has them
+                pairs[t] =
+                    add_rotated(x[t / 2][t % 2 * 2 + half], acc[t][2 * half], acc[t][2 * half + 1]);
+            }
+            transpose_quad(pairs);
+            const int32_t m = m0 + token0 + lane / 4 + 8 * half;
+            if (m < products.args[0].m) {
+                bf16* y = products.swiglu + static_cast<int64_t>(m) * n + row0 + column0;
+                *reinterpret_cast<uint4*>(y + 8 * (lane & 3)) =
+                    uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+            }
+        }
+    }
+}
+
+// The end of a warp group's 64 rows where gate and up are apart; acc: of this block's product.
+template <int kTokens>
+__device__ __forceinline__ void store_swiglu_apart(
+    const MatmulGroup& products, int32_t row0, const float (&acc)[kTokens / 8][4], char* room
+) {
+    using Room = SwigluApartRoom<kTokens>;
+    const int thread = static_cast<int>(threadIdx.x) % 128;
+    const int lane = thread & 31;
+    const int warp = thread / 32;
+    const MatmulArgs& gate = products.args[0];
+    const int first = static_cast<int>(block_in_cluster()) * Room::kEnded;
+    char* tile = room + Room::kTile;
+    const uint32_t rotations = shared_address(room + Room::kRotations);
+    if (products.swiglu_d != nullptr) {
+        const bf16* from = products.swiglu_d + static_cast<int64_t>(row0) * kFusedRotation;
+        copy_rotations(rotations, from, min(kNarrowRows, gate.n - row0), thread, 128);
+        copy_async_commit();
+    }
+    auto* sums = reinterpret_cast<float4*>(room) + warp * Room::kFragments * 32;
+#pragma unroll
+    for (int j = 0; j < Room::kFragments; ++j) {
+        sums[32 * j + lane] = float4{acc[j][0], acc[j][1], acc[j][2], acc[j][3]};
+    }
+    cluster_sync();
+    put_swiglu<kTokens>(products, row0, first, sums, tile);
+    copy_async_wait<0>();
+    wait_for_group();
+    if (products.swiglu_d != nullptr) {
+        store_rotated_tile<kTokens>(products, row0, first * 8, tile, rotations);
+    } else {
+        for (int i = thread; i < Room::kEnded * 8 * 8; i += 128) {
+            const int32_t m = first * 8 + i / 8;
+            const int32_t n = row0 + i % 8 * 8;
+            if (m < gate.m && n < gate.n) {
+                *reinterpret_cast<uint4*>(products.swiglu + static_cast<int64_t>(m) * gate.n + n) =
+                    *reinterpret_cast<const uint4*>(tile + i / 8 * Room::kRowBytes + i % 8 * 16);
+            }
+        }
+    }
+    cluster_arrive();  // This block has used the other one's sums.
+    cluster_wait();
+}
+
 // As many registers as 17 warps may have.
 template <int kTokens>
 __global__ void __maxnreg__(112) matmul_narrow_int4_kernel(
@@ -317,13 +479,15 @@ __global__ void __maxnreg__(112) matmul_narrow_int4_kernel(
     __shared__ uint64_t barriers[2][kInt4MaxStages];
     using Layout = NarrowInt4Layout<kTokens>;
     int32_t block = 0;
-    const MatmulArgs& a = product_of_block(group.products, block);
+    const bool apart = swiglu_apart(group.products);  // then `segments` is 2
+    const MatmulArgs& of_block = product_of_block(group.products, block);
+    const MatmulArgs& a = apart ? group.products.args[block_in_cluster()] : of_block;
     const auto product = static_cast<int32_t>(&a - group.products.args);
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int groups = static_cast<int>(blockDim.x) / 128;
-    const bool swiglu = group.products.swiglu != nullptr;
+    const bool swiglu = group.products.swiglu != nullptr && !apart;
     const int32_t row0 = block / segments * groups * (swiglu ? kSwigluRows : kNarrowRows);
-    const int32_t k_begin = static_cast<int32_t>(block_in_cluster()) * a.segment;
+    const int32_t k_begin = apart ? 0 : static_cast<int32_t>(block_in_cluster()) * a.segment;
     const int32_t chunks = min(a.segment, a.k - k_begin) / kInt4Chunk;
     const NarrowInt4Ring ring{
         shared_address(shared),
@@ -342,11 +506,12 @@ __global__ void __maxnreg__(112) matmul_narrow_int4_kernel(
     __syncthreads();  // The barriers are made.
     if (warp == groups * 4) {
         if (threadIdx.x % 32 == 0) {
-            const NarrowInt4Loads<kTokens> loads{group, product, row0, k_begin, chunks, groups};
+            const NarrowInt4Loads<kTokens> loads{
+                group, product, row0, k_begin, chunks, groups, swiglu};
             loads.run(ring, a);
         }
         __syncwarp();
-        if (segments > 1) {  // the cluster's barriers in store_segments()
+        if (segments > 1) {  // the cluster's barriers in the end
             cluster_sync();
             cluster_sync();
         }
@@ -359,6 +524,10 @@ __global__ void __maxnreg__(112) matmul_narrow_int4_kernel(
         const int64_t row = min(rows.row + lane, own.n - 1);
         prefetch_to_l2(own.epilogue.lora_b + row * own.epilogue.ldb);
     }
+    if (group.products.swiglu_d != nullptr && lane < kDecodeRows / 2) {  // 128 bytes each
+        const int64_t row = min(rows.row + 2 * lane, own.n - 2);
+        prefetch_to_l2(group.products.swiglu_d + row * kFusedRotation);
+    }
     float acc[kTokens / 8][4] = {};
     const NarrowInt4Weights<kTokens> weights(shared, groups, rows.in_stage);
     multiply_int4<kTokens>(ring, weights, chunks, acc);
@@ -368,7 +537,14 @@ __global__ void __maxnreg__(112) matmul_narrow_int4_kernel(
     }
     const int part = warp / 4;
     char* room = shared + part * NarrowRoom<kTokens>::kBytes;
-    if (swiglu) {
+    if (apart) {
+        store_swiglu_apart<kTokens>(
+            group.products,
+            row0 + part * kNarrowRows,
+            acc,
+            shared + part * SwigluApartRoom<kTokens>::kBytes
+        );
+    } else if (swiglu) {
         auto* tile = reinterpret_cast<float*>(room);
         put_whole<kTokens>(own, rows.row, acc, tile);
         wait_for_group();
@@ -401,8 +577,9 @@ inline bool fits_narrow_int4_swiglu(const MatmulGroup& group) {
     const MatmulArgs& gate = group.args[0];
     const MatmulArgs& up = group.args[1];
     return group.count == 2 && gate.m > 8 && gate.m <= kNarrowMaxRows && gate.n > 128 &&
-           gate.n % 8 == 0 && gate.n == up.n && gate.x == up.x && gate.segment >= gate.k &&
-           has_wgmma() && fits_narrow_int4(group);
+           gate.n % 8 == 0 && gate.n == up.n && gate.k == up.k && gate.segment >= gate.k &&
+           (gate.x == up.x || gate.epilogue.lora_u == nullptr) && has_wgmma() &&
+           fits_narrow_int4(group);
 }
 
 // Numbers the blocks of a launch; returns how many there are.
@@ -410,7 +587,9 @@ inline int64_t number_int4_blocks(MatmulGroup& group, int groups, int segments) 
     if (group.swiglu == nullptr) {
         return number_narrow_blocks(group, groups, segments);
     }
-    const int64_t blocks = ceil_div(group.args[0].n, kSwigluRows * groups);  // the first product's
+    const int rows = swiglu_apart(group) ? kNarrowRows : kSwigluRows;
+    const int64_t blocks =  // the first product's
+        ceil_div(group.args[0].n, rows * groups) * segments;
     group.first_block[1] = static_cast<int32_t>(blocks);
     group.first_block[2] = static_cast<int32_t>(blocks);
     return blocks;
@@ -470,14 +649,17 @@ bool launch_narrow_int4(cudaStream_t queue, MatmulGroup& group) {
         return false;
     }
     using Layout = NarrowInt4Layout<kTokens>;
-    const int32_t segments = num_segments(group.args[0].k, group.args[0].segment);
+    int32_t segments = num_segments(group.args[0].k, group.args[0].segment);
     CHECK(segments == 1 || segments == kSegments);
+    const bool apart = swiglu_apart(group);
+    segments = apart ? 2 : segments;
     const int groups = narrow_int4_groups<kTokens>(group, segments);
     const int64_t blocks = number_int4_blocks(group, groups, segments);
     NarrowInt4Group all{group, {}, {}, {}};
     for (int32_t i = 0; i < group.count; ++i) {
         const MatmulArgs& a = group.args[i];
-        const int32_t rows = groups * (group.swiglu == nullptr ? kNarrowRows : kSwigluRows);
+        const bool whole = group.swiglu == nullptr || apart;
+        const int32_t rows = groups * (whole ? kNarrowRows : kSwigluRows);
         all.x[i] = tensor_map(a.x, a.m, a.k, a.ldx * 2, kTokens);
         all.codes[i] = tensor_map(a.w.data, a.n, a.k / 4, a.w.row_bytes, rows);
         all.scales[i] = tensor_map_unswizzled(a.w.scales, a.n, a.k / 32, a.w.scale_stride, rows);
@@ -494,6 +676,7 @@ bool launch_narrow_int4(cudaStream_t queue, MatmulGroup& group) {
         segments,
         stages
     );
+    group.squares_left = group.args[0].epilogue.squares != nullptr;
     return true;
 }
 

@@ -6,6 +6,7 @@
 
 #include "device/cuda/math.cuh"
 #include "ops/matmul_decode_cuda.cuh"
+#include "ops/oft_cuda.cuh"
 
 namespace orbit::cuda {
 
@@ -322,14 +323,58 @@ struct OneRowShares {
         }
     }
 
-    // Of warp `gate` and the next one, up.
+    // silu(gate) up of row `lane` of warp `gate` and the next one, up.
+    __device__ __forceinline__ bf16 swiglu(int gate, int lane) const {
+        return round_bf16(swiglu_of(
+            to_float(round_bf16(of_row[gate][lane])), to_float(round_bf16(of_row[gate + 1][lane]))
+        ));
+    }
+
     __device__ __forceinline__ void store_swiglu(int gate, int32_t row0, int32_t n, bf16* y) const {
         const int lane = static_cast<int>(threadIdx.x) & 31;
         if (lane < kDecodeRows && row0 + lane < n) {
-            y[row0 + lane] = round_bf16(swiglu_of(
-                to_float(round_bf16(of_row[gate][lane])),
-                to_float(round_bf16(of_row[gate + 1][lane]))
-            ));
+            y[row0 + lane] = swiglu(gate, lane);
+        }
+    }
+};
+
+// The rotation of what a block makes with MatmulGroup::swiglu, a warp for eight of its columns.
+struct OneRowRotation {
+    static_assert(kFusedRotation == kOneRowWarps / 2 * kDecodeRows);
+    static_assert(kRotationFragments == kOneRowWarps);
+    char d[kFusedRotation * kRotationRowBytes];
+    bf16 x[kFusedRotation];
+
+    // By all threads; not committed.
+    __device__ __forceinline__ void load(const bf16* all, int32_t block) {
+        const bf16* from = all + static_cast<int64_t>(block) * kFusedRotation * kFusedRotation;
+        copy_rotations(
+            shared_address(d),
+            from,
+            kFusedRotation,
+            static_cast<int>(threadIdx.x),
+            kOneRowWarps * 32
+        );
+    }
+
+    // x, the first row of the M side, after its rotation to y.
+    __device__ __forceinline__ void store(bf16* y) const {
+        const int lane = static_cast<int>(threadIdx.x) & 31;
+        const int warp = static_cast<int>(threadIdx.x) / 32;
+        uint32_t fragments[2][4] = {};
+        if (lane < 4) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                fragments[i / 2][i % 2 * 2] =
+                    *reinterpret_cast<const uint32_t*>(x + 8 * i + 2 * lane);
+            }
+        }
+        float acc[4];
+        multiply_rotation(acc, fragments, shared_address(d), 0, warp);
+        if (lane < 4) {
+            const int at = 8 * warp + 2 * lane;
+            const auto own = *reinterpret_cast<const uint32_t*>(x + at);
+            *reinterpret_cast<uint32_t*>(y + at) = add_rotated(own, acc[0], acc[1]);
         }
     }
 };
@@ -353,6 +398,7 @@ __global__ void __launch_bounds__(kOneRowWarps * 32)
     matmul_one_row_kernel(const __grid_constant__ MatmulGroup group) {
     extern __shared__ __align__(1024) char shared[];
     __shared__ OneRowShares shares;
+    __shared__ __align__(16) OneRowRotation rotation;
     using Layout = OneRowLayout<kFormat>;
     int32_t block = 0;
     const MatmulArgs& own = product_of_block(group, block);
@@ -374,6 +420,9 @@ __global__ void __launch_bounds__(kOneRowWarps * 32)
     OneRowStream<kFormat, kStages> stream(
         a, row0, k_begin, chunks, shared + warp * kStages * Layout::kStageBytes
     );
+    if (group.swiglu_d != nullptr) {
+        rotation.load(group.swiglu_d, block);
+    }
     stream.start_weights();
     if (!a.x_is_ready) {
         wait_for_predecessor();
@@ -412,7 +461,14 @@ __global__ void __launch_bounds__(kOneRowWarps * 32)
     }
     if (swiglu) {
         shares.publish(warp, sums);
-        if (share == 0) {
+        if (group.swiglu_d != nullptr) {
+            if (threadIdx.x < kFusedRotation) {
+                const int at = static_cast<int>(threadIdx.x);
+                rotation.x[at] = shares.swiglu(at / kDecodeRows * 2, at % kDecodeRows);
+            }
+            __syncthreads();
+            rotation.store(group.swiglu + block * kFusedRotation);
+        } else if (share == 0) {
             shares.store_swiglu(warp, row0, a.n, group.swiglu);
         }
     } else if (ends) {

@@ -16,12 +16,14 @@ constexpr int kWarps = kThreads / 32;
 
 constexpr int kKept = 4;  // groups of a thread that stay in registers between the two passes
 
-__global__ void __launch_bounds__(kThreads)
-    rms_norm_kernel(const bf16* x, const float* weight, float eps, int64_t width, bf16* y) {
+__global__ void __launch_bounds__(kThreads) rms_norm_kernel(PendingNorm::Norm norm) {
     __shared__ float shared[kWarps];
     release_successor();
+    const float* weight = norm.weight;
+    const int64_t width = norm.width;
     const bool aligned = width % 8 == 0;
-    const bf16* row = x + blockIdx.x * width;
+    const bf16* row = norm.x + blockIdx.x * width;
+    bf16* y = norm.y + blockIdx.x * width;
     const int64_t groups = (width + 7) / 8;
     const int64_t first = threadIdx.x;
     Eight w[kKept];  // the weights are constant: their loads need not wait
@@ -32,27 +34,34 @@ __global__ void __launch_bounds__(kThreads)
         }
     }
     wait_for_predecessor();
-    float sum = 0.0f;
-    Eight kept[kKept];
+    Eight kept[kKept] = {};
 #pragma unroll
     for (int k = 0; k < kKept; ++k) {
         if (first + k * kThreads < groups) {
             kept[k] = load_eight(row, first + k * kThreads, width, aligned);
         }
     }
+    float sum = 0.0f;
+    if (norm.squares != nullptr) {
+        const auto pieces = static_cast<int32_t>(width / kSquaresPiece);
+        sum = sum_of_pieces(norm.squares + blockIdx.x * static_cast<int64_t>(pieces), pieces);
+    } else {
 #pragma unroll
-    for (int k = 0; k < kKept; ++k) {
-        if (first + k * kThreads < groups) {
-            sum = add_squares(kept[k], sum);
+        for (int k = 0; k < kKept; ++k) {
+            sum = __fadd_rn(sum, sum_of_piece(add_squares(kept[k], 0.0f)));
         }
+        for (int64_t begin = kKept * kThreads; begin < groups; begin += kThreads) {
+            Eight e{};
+            if (begin + first < groups) {
+                e = load_eight(row, begin + first, width, aligned);
+            }
+            sum = __fadd_rn(sum, sum_of_piece(add_squares(e, 0.0f)));
+        }
+        sum = sum_of_row(sum, shared);
     }
-    for (int64_t i = first + kKept * kThreads; i < groups; i += kThreads) {
-        sum = add_squares(load_eight(row, i, width, aligned), sum);
-    }
-    sum = block_sum<kWarps>(sum, shared);
-    const float scale = inverse_rms(sum, static_cast<float>(width), eps);
+    const float scale = inverse_rms(sum, static_cast<float>(width), norm.eps);
     const auto store = [&](const Eight& e, const Eight& of, int64_t i) {
-        store_eight(y + blockIdx.x * width, i, width, aligned, normed(e, scale, of));
+        store_eight(y, i, width, aligned, normed(e, scale, of));
     };
 #pragma unroll
     for (int k = 0; k < kKept; ++k) {
@@ -117,44 +126,46 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(
 
 }  // namespace
 
-void PendingNorm::put_off(Stream& stream, const Norm& norm) {
+PendingNorm& PendingNorm::of(Stream& stream) {
     if (stream.deferred == nullptr) {
         stream.deferred = std::make_unique<PendingNorm>();
     }
-    auto& pending = static_cast<PendingNorm&>(*stream.deferred);
+    return static_cast<PendingNorm&>(*stream.deferred);
+}
+
+void PendingNorm::squares_left(Stream& stream, const bf16* y, const float* squares) {
+    PendingNorm& pending = of(stream);
+    pending.left_y_ = y;
+    pending.left_squares_ = squares;
+}
+
+void PendingNorm::norm(Stream& stream, Norm norm) {
+    PendingNorm& pending = of(stream);
+    norm.squares = pending.left_y_ == norm.x ? pending.left_squares_ : nullptr;
     pending.launch(stream);
     pending.norm_ = norm;
+    if (norm.squares == nullptr && (norm.rows > 1 || norm.width % 8 != 0)) {
+        pending.launch(stream);
+    }
 }
 
 PendingNorm::Norm PendingNorm::take(
     Stream& stream, const bf16* x, std::span<const bf16* const> outputs
 ) {
-    if (stream.deferred == nullptr) {
-        return {};
-    }
-    Norm& norm = static_cast<PendingNorm&>(*stream.deferred).norm_;
+    Norm& norm = of(stream).norm_;
+    const int64_t size = norm.rows * norm.width;
     bool takes = norm.y != nullptr && norm.y == x;
     for (const bf16* y : outputs) {
-        takes = takes && (y + norm.width <= norm.x || norm.x + norm.width <= y);
+        takes = takes && (y + size <= norm.x || norm.x + size <= y);
     }
     return takes ? std::exchange(norm, {}) : Norm{};
 }
 
 void PendingNorm::launch(const Stream& stream) {
+    left_y_ = nullptr;
     const Norm n = std::exchange(norm_, {});
     if (n.y != nullptr) {
-        launch_early(
-            rms_norm_kernel,
-            dim3(1),
-            kThreads,
-            0,
-            queue_of(stream),
-            n.x,
-            n.weight,
-            n.eps,
-            n.width,
-            n.y
-        );
+        launch_early(rms_norm_kernel, dim3(grid_dim(n.rows)), kThreads, 0, queue_of(stream), n);
     }
 }
 
@@ -162,22 +173,15 @@ void rms_norm(Stream& stream, Tensor x, const float* weight, float eps, Tensor y
     if (x.rows() == 0) {
         return;
     }
-    if (x.rows() == 1 && x.cols() % 8 == 0) {
-        return PendingNorm::put_off(
-            stream, {activations(x), weight, eps, x.cols(), activations(y)}
-        );
-    }
-    launch_early(
-        rms_norm_kernel,
-        dim3(grid_dim(x.rows())),
-        kThreads,
-        0,
-        queue_of(stream),
-        activations(x),
-        weight,
-        eps,
-        x.cols(),
-        activations(y)
+    PendingNorm::norm(
+        stream,
+        {activations(x),
+         weight,
+         eps,
+         static_cast<int32_t>(x.rows()),
+         x.cols(),
+         activations(y),
+         nullptr}
     );
 }
 

@@ -2,6 +2,7 @@
 // x in fp32, one rounding. Block sizes 16, 32, 64, 128 on tensor cores; any other by plain loops
 // (the choice depends on the block size alone, so it never splits rollout from training).
 #include "device/cuda/math.cuh"
+#include "device/cuda/quad.cuh"
 #include "ops/dense_cuda.cuh"
 #include "ops/grouped_cuda.cuh"
 
@@ -63,43 +64,50 @@ __device__ __forceinline__ void load_rotate_rows(
     }
 }
 
-// The window's columns of the row that `norm` makes; the whole row is read for it.
-__device__ __forceinline__ void make_normed_row(
-    const PendingNorm::Norm& norm, bool stores, char* to, int32_t col0, int window
+// The window's columns of the rows that `norm` makes, to the tile of x. Of one row without sums of
+// squares all of it is read.
+template <int kBlock>
+__device__ __forceinline__ void make_normed_rows(
+    const PendingNorm::Norm& norm, bool stores, char* tile, int32_t col0, int window
 ) {
     static_assert(kRotateThreads == kNormThreads);
     __shared__ float shared[kNormThreads / 32];
-    const int64_t group = col0 / 8 + static_cast<int32_t>(threadIdx.x);
-    const bool own = static_cast<int>(threadIdx.x) < window / 8 && group < norm.width / 8;
+    __shared__ float scales[kRotateRows];
+    const auto thread = static_cast<int32_t>(threadIdx.x);
+    const int32_t across = window / 8;  // threads for a row
+    const int32_t per_pass = kRotateThreads / across;
+    const int32_t row0 = thread / across;
+    const int32_t group = col0 / 8 + thread % across;
+    const bool own = row0 < per_pass && group < norm.width / 8;
     Eight weight{};
     if (own) {  // constant
         weight = load_norm_weight(norm.weight, group, norm.width);
     }
+    const auto of_row = [&](auto* rows, int32_t row) { return rows + row * norm.width + 8 * group; };
     wait_for_predecessor();
-    const float scale = inverse_rms_of_row(norm.x, norm.width, norm.eps, shared);
-    if (own) {
-        const Eight x = unpack_eight(reinterpret_cast<const uint4*>(norm.x)[group]);
-        const uint4 y = pack_eight(normed(x, scale, weight));
-        reinterpret_cast<uint4*>(to)[threadIdx.x] = y;
-        if (stores) {
-            reinterpret_cast<uint4*>(norm.y)[group] = y;
+    uint4 first{};
+    if (own && row0 < norm.rows) {
+        first = *reinterpret_cast<const uint4*>(of_row(norm.x, row0));
+    }
+    if (norm.squares == nullptr) {
+        scales[0] = inverse_rms_of_row(norm.x, norm.width, norm.eps, shared);
+    } else {
+        const auto pieces = static_cast<int32_t>(norm.width / kSquaresPiece);
+        for (int32_t begin = 0; begin < norm.rows; begin += kRotateThreads / 4) {
+            const int32_t row = min(begin + thread / 4, norm.rows - 1);
+            const float sum = sum_of_pieces(norm.squares + row * pieces, pieces);
+            scales[row] = inverse_rms(sum, static_cast<float>(norm.width), norm.eps);
         }
     }
-}
-
-// Lane q of four: its v[p] becomes lane p's v[q].
-__device__ __forceinline__ void transpose_in_quad(uint32_t (&v)[4]) {
-#pragma unroll
-    for (int distance = 1; distance <= 2; ++distance) {
-        const bool upper = (threadIdx.x & distance) != 0;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if ((i & distance) == 0) {
-                const uint32_t sent = upper ? v[i] : v[i + distance];
-                const uint32_t taken = __shfl_xor_sync(0xffffffffu, sent, distance);
-                v[i] = upper ? taken : v[i];
-                v[i + distance] = upper ? v[i + distance] : taken;
-            }
+    __syncthreads();
+    for (int32_t row = row0; own && row < norm.rows; row += per_pass) {
+        const uint4 x =
+            row == row0 ? first : *reinterpret_cast<const uint4*>(of_row(norm.x, row));
+        const uint4 y = pack_eight(normed(unpack_eight(x), scales[row], weight));
+        char* to = tile + row * RotateShared<kBlock>::row_bytes_x(window) + thread % across * 16;
+        *reinterpret_cast<uint4*>(to) = y;
+        if (stores) {
+            *reinterpret_cast<uint4*>(of_row(norm.y, row)) = y;
         }
     }
 }
@@ -126,7 +134,7 @@ __device__ __forceinline__ void store_rotated(
         pairs[t] = pack_bf16(v0, v1);
     }
     if constexpr (kTiles == 4) {
-        transpose_in_quad(pairs);
+        transpose_quad(pairs);
         if (exists) {
             *reinterpret_cast<uint4*>(y + 4 * at) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
         }
@@ -158,7 +166,7 @@ struct RotateGroup {
     RotateArgs args[kMaxGroup];
     int32_t together;        // products of a thread block, which read the same x
     int32_t window;          // columns of a thread block
-    PendingNorm::Norm norm;  // with a y: x is that, of one row, and is made on the way
+    PendingNorm::Norm norm;  // with a y: x is that, of few rows, and is made on the way
 };
 
 // A warp: 16 rows. Where a block has fewer than four times as many, warps share them, and take the
@@ -188,7 +196,7 @@ __global__ void __launch_bounds__(kRotateThreads)
     const PendingNorm::Norm& norm = group.norm;
     if (norm.y != nullptr) {
         load_rotations();
-        make_normed_row(norm, blockIdx.z == 0, shared, col0, window);
+        make_normed_rows<kBlock>(norm, blockIdx.z == 0, shared, col0, window);
     } else if (a.offsets == nullptr) {
         load_rotations();
         wait_for_predecessor();
@@ -518,7 +526,10 @@ void rotate(
     const PendingNorm::Norm& norm
 ) {
     CHECK(!args.empty() && args.size() <= size_t{kMaxGroup});
-    CHECK(norm.y == nullptr || (rotation_norms(args[0].block) && args[0].rows == 1));
+    CHECK(
+        norm.y == nullptr || (rotation_norms(args[0].block) && args[0].rows == norm.rows &&
+                              norm.rows <= (norm.squares == nullptr ? 1 : kRotateRows))
+    );
     for (const RotateArgs& a : args) {
         CHECK(a.rows == args[0].rows && a.width == args[0].width && a.block == args[0].block);
         CHECK(args.size() == 1 || a.offsets == nullptr);

@@ -292,7 +292,7 @@ Case swiglu_case(const Shape& s, Random& random) {
         const ScratchScope scope(stream.scratch);
         const Tensor up_y = stream.scratch.take(out[0].dtype, {out[0].rows(), out[0].cols()});
         const Tensors y{out[0], up_y};
-        if (!linear_swiglu(stream, params, y)) {
+        if (linear_swiglu(stream, params, y) == SwigluResult::kGateAndUp) {
             swiglu(stream, out[0], up_y, out[0]);
         }
     };

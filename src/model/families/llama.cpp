@@ -13,14 +13,14 @@ Tensor llama_attention(Pass& pass, const LayerWeights& w, KvView pages, Tensor x
     const Tensor k_TKd = qkv[1].reshaped({T, c.num_kv_heads, c.head_dim});
     const Tensor v_TKd = qkv[2].reshaped({T, c.num_kv_heads, c.head_dim});
     const RotatedHeads rotated = pass.norm_rope(q_THd, k_TKd, v_TKd, w, pages);
-    const Tensor a_THd = pass.attention(rotated, v_TKd, pages);
-    return pass.linear(a_THd.reshaped({T, c.num_heads * c.head_dim}), w.o, x_TD);
+    const LinearInput a_THd = pass.attention(rotated, v_TKd, pages, w.o);
+    return pass.linear(a_THd, w.o, x_TD);
 }
 
 Tensor llama_layer(Pass& pass, const LayerWeights& w, KvView pages, Tensor x_TD, Tensor out_TD) {
     const Tensor h_TD = llama_attention(pass, w, pages, x_TD);
     const Tensor m_TD = pass.rms_norm(h_TD, w.post_attention_norm);
-    const Tensor y_TI = pass.linear_swiglu(m_TD, w.gate, w.up);
+    const LinearInput y_TI = pass.linear_swiglu(m_TD, w.gate, w.up, w.down);
     return pass.linear(y_TI, w.down, h_TD, out_TD);
 }
 
