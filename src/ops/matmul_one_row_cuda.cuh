@@ -30,6 +30,10 @@ struct OneRowLayout {
     static constexpr int kScalesAt = 16 * kStride;
     static constexpr int kXAt = kScalesAt + 16 * kScales;
     static constexpr int kStageBytes = kXAt + kChunk * 2;
+    // Of 64 columns lane q of a quad multiplies with columns 8 i + 2 q and the next. Side by side
+    // these eight pairs are read without the matrix loads' repetitions; but they are put there by
+    // copies of four bytes, of which a chunk of packed weights would need four times as many.
+    static constexpr bool kPairsOfX = kFormat == WeightFormat::kBF16;
     static_assert(kScales == 0 || kScales == 8 || kScales == 16);
 };
 
@@ -62,7 +66,7 @@ struct OneRowStream {
             scales = reinterpret_cast<const char*>(scale_row<kFormat>(a.w, row)) +
                      scale_offset<kFormat>(a.w, k_begin);
         }
-        x = reinterpret_cast<const char*>(a.x + k_begin) + lane * 16;
+        x = reinterpret_cast<const char*>(a.x + k_begin) + lane * (Layout::kPairsOfX ? 4 : 16);
     }
 
     static __device__ __forceinline__ uint32_t after(uint32_t stage) {
@@ -91,9 +95,13 @@ struct OneRowStream {
 
     __device__ __forceinline__ void copy_x(uint32_t stage) {
         const int lane = threadIdx.x & 31;
-        constexpr int kLanes = Layout::kChunk * 2 / 16;
-        if (kLanes >= 32 || lane < kLanes) {
-            copy_async_16(stage + Layout::kXAt + lane * 16, x);
+        const uint32_t to = stage + Layout::kXAt;
+        if constexpr (Layout::kPairsOfX) {
+            static_assert(Layout::kChunk == 64);
+            copy_async<4>(to + (lane & 3) * 32 + (lane >> 2) * 4, x);
+        } else {
+            static_assert(Layout::kChunk == 256);
+            copy_async_16(to + lane * 16, x);
         }
         x += Layout::kChunk * 2;
     }
@@ -121,10 +129,17 @@ struct OneRowStream {
         fill = (kStages - 1) * Layout::kStageBytes;
     }
 
-    // The next chunk is in the ring, and another one on its way, into the stage before it.
+    // The next chunk, which is in the ring.
     __device__ __forceinline__ const char* next() {
         copy_async_wait<kStages - 2>();
         __syncwarp();  // Every lane's bytes are there, and every lane left the stage before.
+        const char* chunk = ring + read;
+        read = after(read);
+        return chunk;
+    }
+
+    // Another one on its way, into the stage before it.
+    __device__ __forceinline__ void refill() {
         if (left > 0) {
             const uint32_t stage = shared_address(ring) + fill;
             copy_weight(stage);
@@ -133,49 +148,97 @@ struct OneRowStream {
         copy_async_commit();
         fill = after(fill);
         --left;
-        const char* chunk = ring + read;
-        read = after(read);
-        return chunk;
     }
 };
 
-// Columns [64 step, 64 step + 64) of a chunk: the M side of four k16 steps.
+// Columns [64 step, 64 step + 64) of a chunk, as they lie there: packed codes, and scales.
 template <WeightFormat kFormat>
-__device__ __forceinline__ void one_row_fragments(
-    const WeightView& view, const char* chunk, int step, uint32_t (&w)[4][4]
-) {
+struct OneRowWords {
     using Layout = OneRowLayout<kFormat>;
-    const int lane = threadIdx.x & 31;
-    if constexpr (kFormat == WeightFormat::kBF16) {
-        const uint32_t from = shared_address(chunk);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t at = from + swizzled(lane & 15, 2 * i + (lane >> 4));
-            ldmatrix_x4(w[i][0], w[i][1], w[i][2], w[i][3], at);
-        }
-    } else {
-        constexpr int kBits = 8 * sizeof(ScaleWord<kFormat>);
-        using Two = std::conditional_t<kBits == 8, uint16_t, uint32_t>;
-        const char* codes = chunk + (lane >> 2) * Layout::kStride + (lane & 3) * 4 + step * 32;
-        const char* scales =
+    static constexpr int kBits = 8 * sizeof(ScaleWord<kFormat>);
+    using Two = std::conditional_t<kBits == 8, uint16_t, uint32_t>;
+    uint32_t codes[2][2];  // of rows lane / 4 and lane / 4 + 8, of both blocks
+    uint32_t scales[2];    // of the rows: two neighbours'
+
+    __device__ __forceinline__ void load(const char* chunk, int step) {
+        const int lane = threadIdx.x & 31;
+        const char* from = chunk + (lane >> 2) * Layout::kStride + (lane & 3) * 4 + step * 32;
+        const char* of_scales =
             chunk + Layout::kScalesAt + (lane >> 2) * Layout::kScales + step * sizeof(Two);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {  // rows lane / 4 and lane / 4 + 8
-            const uint32_t two = *reinterpret_cast<const Two*>(scales + 8 * i * Layout::kScales);
+        for (int i = 0; i < 2; ++i) {
+            scales[i] = *reinterpret_cast<const Two*>(of_scales + 8 * i * Layout::kScales);
 #pragma unroll
             for (int b = 0; b < 2; ++b) {
-                const auto word =
-                    *reinterpret_cast<const uint32_t*>(codes + 8 * i * Layout::kStride + 16 * b);
+                const char* at = from + 8 * i * Layout::kStride + 16 * b;
+                codes[i][b] = *reinterpret_cast<const uint32_t*>(at);
+            }
+        }
+    }
+
+    // The M side of four k16 steps.
+    __device__ __forceinline__ void decode(const WeightView& view, uint32_t (&w)[4][4]) const {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
                 uint32_t pair[4];
                 if constexpr (kFormat == WeightFormat::kInt4) {
-                    SmallScales(two).decode(word, b, pair);
+                    SmallScales(scales[i]).decode(codes[i][b], b, pair);
                 } else {
-                    const uint32_t scale = b == 0 ? two & ((1u << kBits) - 1) : two >> kBits;
-                    decode_word<kFormat>(view, word, scale, pair);
+                    const uint32_t scale =
+                        b == 0 ? scales[i] & ((1u << kBits) - 1) : scales[i] >> kBits;
+                    decode_word<kFormat>(view, codes[i][b], scale, pair);
                 }
                 place_pairs(pair, i, b, w);
             }
         }
+    }
+};
+
+// The same of bf16 weights.
+template <>
+struct OneRowWords<WeightFormat::kBF16> {
+    uint32_t fragments[4][4];
+
+    __device__ __forceinline__ void load(const char* chunk, int) {
+        const int lane = threadIdx.x & 31;
+        const uint32_t from = shared_address(chunk);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t at = from + swizzled(lane & 15, 2 * i + (lane >> 4));
+            ldmatrix_x4(fragments[i][0], fragments[i][1], fragments[i][2], fragments[i][3], at);
+        }
+    }
+
+    __device__ __forceinline__ void decode(const WeightView&, uint32_t (&w)[4][4]) const {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            w[i / 4][i % 4] = fragments[i / 4][i % 4];
+        }
+    }
+};
+
+// Columns [64 step, 64 step + 64) of a chunk's x: of the N side every column is the row; the first
+// is stored.
+template <WeightFormat kFormat>
+__device__ __forceinline__ void load_x(uint32_t (&x)[8], const char* chunk, int step) {
+    using Layout = OneRowLayout<kFormat>;
+    const int lane = threadIdx.x & 31;
+    const char* from = chunk + Layout::kXAt + step * 128;
+    if constexpr (Layout::kPairsOfX) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const auto four = reinterpret_cast<const uint4*>(from + (lane & 3) * 32)[i];
+            x[4 * i] = four.x;
+            x[4 * i + 1] = four.y;
+            x[4 * i + 2] = four.z;
+            x[4 * i + 3] = four.w;
+        }
+    } else {
+        const uint32_t at = shared_address(from) + (lane >> 3) * 16;
+        ldmatrix_x4(x[0], x[1], x[2], x[3], at);
+        ldmatrix_x4(x[4], x[5], x[6], x[7], at + 64);
     }
 }
 
@@ -184,23 +247,26 @@ __device__ __forceinline__ void multiply_one_row(
     const WeightView& view, OneRowStream<kFormat, kStages>& stream, int32_t chunks, float (&acc)[4]
 ) {
     using Layout = OneRowLayout<kFormat>;
-    const int lane = threadIdx.x & 31;
 #pragma unroll 1
     for (int32_t c = 0; c < chunks; ++c) {
         const char* chunk = stream.next();
-        const uint32_t x_at = shared_address(chunk) + Layout::kXAt + (lane >> 3) * 16;
+        OneRowWords<kFormat> words;
+        words.load(chunk, 0);
 #pragma unroll
         for (int step = 0; step < Layout::kSteps; ++step) {
-            uint32_t x[2][4];  // of the N side every column is this row; the first is stored
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                ldmatrix_x4(x[i][0], x[i][1], x[i][2], x[i][3], x_at + step * 128 + i * 64);
+            uint32_t x[8];
+            load_x<kFormat>(x, chunk, step);
+            if (step == 0) {
+                stream.refill();  // while these loads are under way
             }
             uint32_t w[4][4];
-            one_row_fragments<kFormat>(view, chunk, step, w);
+            words.decode(view, w);
+            if (step + 1 < Layout::kSteps) {
+                words.load(chunk, step + 1);
+            }
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                mma_16816(acc, w[i], x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
+                mma_16816(acc, w[i], x[2 * i], x[2 * i + 1]);
             }
         }
     }
