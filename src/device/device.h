@@ -198,6 +198,7 @@ struct Stream {
 
     // On a GPU: room for the sums that a product leaves to the next op (Epilogue::squares).
     static constexpr int64_t kSquares = 64 * 256;
+
     float* squares() const { return squares_; }
 
     bool is_cpu() const { return device.is_cpu(); }

@@ -194,11 +194,11 @@ __device__ __forceinline__ void store_channels(
 // Every head has blocks of its own, so each of a warp's rows is multiplied with one block after the
 // other, and kept from its own.
 
-constexpr int kWideHead = 128;   // channels of heads that are rotated here
+constexpr int kWideHead = 128;  // channels of heads that are rotated here
 constexpr int kFusedHeads = 8;  // of a KV head, at most: rows g
 
-// Adds to row g of x, 32 channels, as `pairs` has kTiles fragments of it from `fragment0` on, its
-// product with block g of D. `place`: of a head, where the ring or room of D has its block.
+// Adds to row g, of which `pairs` has kTiles fragments, those of its product with head g's block.
+// `multiply`: gives a fragment of all rows' product with a head's block.
 template <int kTiles, typename Multiply>
 __device__ __forceinline__ void rotate_heads(
     int32_t heads, const Multiply& multiply, uint32_t (&pairs)[kTiles]
@@ -239,8 +239,7 @@ __device__ __forceinline__ void load_rotations(
     const AttentionArgs& a, const DecodeRow& d, uint32_t to, int32_t first
 ) {
     const int32_t rows = min(kHeadsOfTile, d.num_rows - first) * kWideHead;
-    const bf16* from =
-        a.oft_d + static_cast<int64_t>(d.head + first) * kWideHead * kFusedRotation;
+    const bf16* from = a.oft_d + static_cast<int64_t>(d.head + first) * kWideHead * kFusedRotation;
     copy_rotations(to, from, rows, static_cast<int>(threadIdx.x), kThreads);
 }
 

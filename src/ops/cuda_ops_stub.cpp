@@ -87,9 +87,8 @@ void linear_group(Stream&, std::span<const LinearParams>, std::span<const Tensor
     no_cuda();
 }
 
-SwigluResult linear_swiglu(
-    Stream&, std::span<const LinearParams>, std::span<const Tensor>, const Tensor&
-) {
+SwigluResult
+linear_swiglu(Stream&, std::span<const LinearParams>, std::span<const Tensor>, const Tensor&) {
     no_cuda();
 }
 

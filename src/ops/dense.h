@@ -43,7 +43,8 @@ struct LinearParams {
     const float* bias = nullptr;  // [out], or null
     AdapterView adapter;
     Tensor residual;  // [T, out], or undefined
-    // The next op norms y for layers with OFT adapters: a kernel may leave it what it needs for that.
+    // The next op norms y for layers with OFT adapters: a kernel may leave it what it needs for
+    // that.
     bool before_rotations = false;
     // take_lora_u(), or undefined: linear() leaves LoRA's round(x A^T) there, and linear_backward()
     // reads it instead of computing it again.

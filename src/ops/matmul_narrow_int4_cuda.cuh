@@ -323,9 +323,11 @@ struct SwigluApartRoom {
     static constexpr int kTile = 4 * kFragments * 32 * static_cast<int>(sizeof(float4));
     static constexpr int kRotations = kTile + kEnded * 8 * kRowBytes;
     static constexpr int kBytes = kRotations + kNarrowRows * kRotationRowBytes;
-    static_assert(kNarrowMaxGroups * kBytes <= 2 * NarrowInt4Layout<kTokens>::kCodes +
-                                                   2 * kNarrowMaxGroups *
-                                                       NarrowInt4Layout<kTokens>::kCodeBytes);
+    static_assert(
+        kNarrowMaxGroups * kBytes <=
+        2 * NarrowInt4Layout<kTokens>::kCodes +
+            2 * kNarrowMaxGroups * NarrowInt4Layout<kTokens>::kCodeBytes
+    );
 };
 
 // silu(gate) up of a warp's rows from row0 on and the tokens from fragment `first` on that the
@@ -399,9 +401,7 @@ __device__ __forceinline__ void store_rotated_tile(
         for (int step = 0; step < 2; ++step) {
             const int at = (token0 + (lane & 15)) * Room::kRowBytes +
                            (column0 + 16 * step + (lane >> 4) * 8) * 2;
-            ldmatrix_x4(
-                x[step][0], x[step][1], x[step][2], x[step][3], shared_address(tile + at)
-            );
+            ldmatrix_x4(x[step][0], x[step][1], x[step][2], x[step][3], shared_address(tile + at));
         }
         float acc[kRotationFragments][4];
 #pragma unroll

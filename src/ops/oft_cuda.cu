@@ -83,7 +83,9 @@ __device__ __forceinline__ void make_normed_rows(
     if (own) {  // constant
         weight = load_norm_weight(norm.weight, group, norm.width);
     }
-    const auto of_row = [&](auto* rows, int32_t row) { return rows + row * norm.width + 8 * group; };
+    const auto of_row = [&](auto* rows, int32_t row) {
+        return rows + row * norm.width + 8 * group;
+    };
     wait_for_predecessor();
     uint4 first{};
     if (own && row0 < norm.rows) {
@@ -101,8 +103,7 @@ __device__ __forceinline__ void make_normed_rows(
     }
     __syncthreads();
     for (int32_t row = row0; own && row < norm.rows; row += per_pass) {
-        const uint4 x =
-            row == row0 ? first : *reinterpret_cast<const uint4*>(of_row(norm.x, row));
+        const uint4 x = row == row0 ? first : *reinterpret_cast<const uint4*>(of_row(norm.x, row));
         const uint4 y = pack_eight(normed(unpack_eight(x), scales[row], weight));
         char* to = tile + row * RotateShared<kBlock>::row_bytes_x(window) + thread % across * 16;
         *reinterpret_cast<uint4*>(to) = y;

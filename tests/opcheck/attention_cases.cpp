@@ -8,6 +8,7 @@
 
 #include "opcheck/cases.h"
 #include "ops/attention.h"
+#include "ops/dense.h"
 
 namespace orbit::opcheck {
 namespace {
@@ -471,6 +472,82 @@ void add_decode_case(CaseList& cases, const DecodeShape& shape, bool gpu_only) {
     cases.push_back(c);
 }
 
+// Decode steps whose o a layer with an OFT adapter reads: a kernel of a GPU may rotate it. y of
+// that layer, and how many of its values are not those of attention() and linear() alone.
+void add_rotated_case(CaseList& cases, const DecodeShape& shape) {
+    constexpr int64_t kOut = 64;
+    constexpr int64_t kBlock = 32;
+    add_decode_case(cases, shape, true);
+    Case& c = cases.back();
+    const Shape s = context_shape(shape);
+    const int64_t width = s.heads * s.d;
+    Random random(cases.size());
+    c.op = "attention_rotated";
+    const size_t w = c.inputs.size();
+    c.inputs.push_back(input("w", s.compute, {kOut, width}, random.normals(kOut * width, 0.1f)));
+    c.inputs.push_back(input(
+        "oft_d", s.compute, {width / kBlock, kBlock, kBlock}, random.normals(width * kBlock, 0.2f)
+    ));
+    const auto rows = static_cast<int64_t>(shape.lengths.size());
+    c.outputs = {
+        {"y", s.compute, {rows, kOut}, true},
+        {"values with other bits than of the ops alone", DType::kF32, {1}, false},
+    };
+    c.run = [s, w, width](Stream& stream, const Tensors& in, const Tensors& out) {
+        const ScratchScope scope(stream.scratch);
+        const Pages pages = make_pages(stream, s, 1);
+        AttentionParams context = params_of(stream, s, pages, 1, 0, s.length);
+        context.k = in[kContextK];
+        context.v = in[kContextV];
+        append_kv(stream, context);
+        const int64_t steps = in[kSteps].shape[0];
+        AttentionParams p = decode_batch(stream, s, pages.kv, in, 0, steps, 1);
+        LinearParams reader;
+        reader.x = stream.scratch.take(s.compute, {steps, width});
+        reader.w.format = WeightFormat::kBF16;
+        reader.w.rows = kOut;
+        reader.w.cols = width;
+        reader.w.data = in[w].data;
+        reader.adapter.kind = AdapterKind::kOft;
+        reader.adapter.oft_d = in[w + 1];
+        const Tensor o = reader.x.reshaped({steps, s.heads, s.d});
+        attention(stream, p, o, nullptr);
+        const Tensor alone = stream.scratch.take(s.compute, {steps, kOut});
+        linear(stream, reader, alone);
+        const std::vector<uint8_t> want = bytes_of(stream, alone);
+        p.oft_d = in[w + 1];
+        if (attention(stream, p, o, nullptr)) {
+            reader.adapter = {};
+        }
+        linear(stream, reader, out[0]);
+        const std::vector<uint8_t> got = bytes_of(stream, out[0]);
+        float count = 0;
+        for (size_t i = 0; i < want.size(); ++i) {
+            count += got[i] != want[i] ? 1.0f : 0.0f;
+        }
+        copy_to_device(stream, out[1].data, &count, sizeof(count));
+        synchronize(stream);
+    };
+    c.reference = [shape, w, width](const Values& in) {
+        const Values o = decode_reference(shape, in);
+        const auto b = static_cast<size_t>(kBlock);
+        const auto wide = static_cast<size_t>(width);
+        std::vector<double> y(o[0].size() / wide * static_cast<size_t>(kOut));
+        for (size_t i = 0; i < o[0].size(); ++i) {
+            const size_t j = i % wide;
+            double rotated = o[0][i];
+            for (size_t k = 0; k < b; ++k) {
+                rotated += o[0][i / b * b + k] * in[w + 1][(j / b * b + k) * b + j % b];
+            }
+            for (size_t n = 0; n < static_cast<size_t>(kOut); ++n) {
+                y[i / wide * static_cast<size_t>(kOut) + n] += rotated * in[w][n * wide + j];
+            }
+        }
+        return Values{y, {0.0}};
+    };
+    c.forward_tolerance = 3e-2;
+}
+
 }  // namespace
 
 void add_attention_cases(CaseList& cases) {
@@ -529,6 +606,17 @@ void add_attention_cases(CaseList& cases) {
         }
         add_decode_case(cases, {lengths, 24, 2, d, DType::kBF16}, true);
     }
+}
+
+void add_rotated_attention_cases(CaseList& cases) {
+    const std::vector<float> lengths = {1, 127, 128, 129, 1000, 1025, 2049};
+    for (const int64_t heads : {1, 4, 8, 20}) {  // of a key head; 20 are too many
+        add_rotated_case(cases, {lengths, heads, 1, 128, DType::kBF16});
+    }
+    add_rotated_case(cases, {{1, 300, 130}, 6, 2, 128, DType::kBF16});
+    const std::vector<float> many(80, 200);  // one thread block for each of 160 heads of keys
+    add_rotated_case(cases, {many, 8, 2, 128, DType::kBF16});
+    add_rotated_case(cases, {many, 12, 2, 128, DType::kBF16});
 }
 
 }  // namespace orbit::opcheck

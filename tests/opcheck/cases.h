@@ -15,5 +15,7 @@ void add_embed_cases(CaseList& cases);
 void add_optimizer_cases(CaseList& cases);
 void add_moe_cases(CaseList& cases);
 void add_oft_transform_cases(CaseList& cases);
+void add_fused_cases(CaseList& cases);
+void add_rotated_attention_cases(CaseList& cases);
 
 }  // namespace orbit::opcheck

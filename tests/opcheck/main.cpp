@@ -24,6 +24,9 @@ constexpr void (*kRegistrations[])(CaseList&) = {
     add_optimizer_cases,
     add_oft_transform_cases,
     add_moe_cases,
+    // In the end: the random numbers of a case depend on how many come before it.
+    add_fused_cases,
+    add_rotated_attention_cases,
 };
 
 struct Options {

@@ -1,5 +1,5 @@
 // The llama block: x + Attn(norm(x)), then x + MLP(norm(x)). T tokens, D width, H heads, K kv
-// heads, d head width, I MLP.
+// heads, d head width, A = H d, I MLP.
 #include "model/families/families.h"
 
 namespace orbit {
@@ -13,8 +13,8 @@ Tensor llama_attention(Pass& pass, const LayerWeights& w, KvView pages, Tensor x
     const Tensor k_TKd = qkv[1].reshaped({T, c.num_kv_heads, c.head_dim});
     const Tensor v_TKd = qkv[2].reshaped({T, c.num_kv_heads, c.head_dim});
     const RotatedHeads rotated = pass.norm_rope(q_THd, k_TKd, v_TKd, w, pages);
-    const LinearInput a_THd = pass.attention(rotated, v_TKd, pages, w.o);
-    return pass.linear(a_THd, w.o, x_TD);
+    const LinearInput a_TA = pass.attention(rotated, v_TKd, pages, w.o);
+    return pass.linear(a_TA, w.o, x_TD);
 }
 
 Tensor llama_layer(Pass& pass, const LayerWeights& w, KvView pages, Tensor x_TD, Tensor out_TD) {
