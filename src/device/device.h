@@ -166,7 +166,8 @@ class ScratchScope {
 
 struct Stream;
 
-// Work that an op has put off, because the next op may do it on its way.
+// Work that an op has put off, because the next op may do it on its way, and what an op leaves to
+// the next one alone.
 class DeferredWork {
   public:
     virtual ~DeferredWork() = default;

@@ -94,7 +94,7 @@ RotateArgs rotate_args(const Tensor& x, const Tensor& oft_d, const Tensor& y) {
 }
 
 // The inputs of products as their rotations give them, one launch where these are alike, which then
-// norms the row that is still to be normed.
+// norms the rows that are still to be normed.
 void rotate_inputs(Stream& stream, std::span<const LinearParams> params, Tensor (&x)[kMaxGroup]) {
     std::vector<RotateArgs> all;
     std::vector<const bf16*> outputs;
@@ -324,9 +324,8 @@ bool takes_swiglu(WeightFormat format, const MatmulGroup& group) {
 // For what a product leaves to the norm that comes next; null where no product does.
 float* room_for_squares(Stream& stream, const MatmulArgs& a) {
     const int64_t pieces = a.n / kSquaresPiece;
-    const bool fits = a.m >= kNarrowMinRows && a.m <= kNarrowMaxRows &&
-                      a.n % (4 * kSquaresPiece) == 0 && a.epilogue.ldy == a.n &&
-                      a.m * pieces <= Stream::kSquares;
+    const bool fits = a.m > 1 && a.m <= kNarrowMaxRows && a.n % (4 * kSquaresPiece) == 0 &&
+                      a.epilogue.ldy == a.n && a.m * pieces <= Stream::kSquares;
     return fits ? stream.squares() : nullptr;
 }
 

@@ -53,8 +53,7 @@ struct MatmulArgs {
     Epilogue epilogue;
 };
 
-constexpr int32_t kNarrowMinRows = 9;    // of x, in the members for few rows
-constexpr int32_t kNarrowMaxRows = 64;   // the same
+constexpr int32_t kNarrowMaxRows = 64;   // of x, in the members for few rows
 constexpr int32_t kBesideMaxRows = 511;  // of LoRA's products side by side
 
 // Products of one launch (q, k and v; gate and up; parts of one contraction), of one format and m.

@@ -581,6 +581,9 @@ __global__ void __launch_bounds__(128)
     }
     const auto wait = [&] {
         wait_for_predecessor();
+        if (a.x_flag != nullptr && blockIdx.x + blockIdx.y + threadIdx.x == 0) {
+            set_flag(a.x_flag);
+        }
         if (a.releases_late) {
             release_successor();
         }

@@ -140,7 +140,7 @@ inline bool fits_row_tiles(const MatmulGroup& group) {
                                    : columns <= 128 && rows <= kNarrowMaxRows;
 }
 
-// 9 to 64 rows on Hopper; false where no kernel for them takes the products.
+// Up to 64 rows on Hopper; false where no kernel for them takes the products.
 template <WeightFormat kFormat, int kTokens>
 bool launch_best_narrow(cudaStream_t queue, MatmulGroup& group) {
     if constexpr (kFormat == WeightFormat::kInt4) {
@@ -158,10 +158,14 @@ bool launch_few_rows(cudaStream_t queue, MatmulGroup& group) {
                                  : launch_best_narrow<kFormat, 64>(queue, group);
 }
 
-// 9 to 16 rows of a weight of many rows: the matrix unit of Hopper is quicker.
+// Up to 16 rows of a weight of many rows: where the matrix unit of Hopper is quicker, as measured.
 template <WeightFormat kFormat>
 bool launch_narrow_16(cudaStream_t queue, MatmulGroup& group) {
-    return group.args[0].m >= kNarrowMinRows && widest(group) > 128 && has_wgmma() &&
+    int32_t least = kFormat == WeightFormat::kBF16 ? 4 : 9;
+    if constexpr (kFormat == WeightFormat::kInt4) {
+        least = fits_narrow_int4(group) ? narrow_int4_min_rows(group) : least;
+    }
+    return group.args[0].m >= least && widest(group) > 128 && has_wgmma() &&
            launch_few_rows<kFormat>(queue, group);
 }
 
@@ -235,6 +239,9 @@ void matmul_format(cudaStream_t queue, Direction direction, MatmulGroup& group) 
         }
     }
     if constexpr (kFormat == WeightFormat::kBF16) {
+        if (asks && group.args[0].m <= 8) {
+            return launch_decode<kFormat>(queue, group);
+        }
         if (asks) {
             return segmented ? launch_small_tile<kFormat, true>(queue, group)
                              : launch_small_tile<kFormat, false>(queue, group);

@@ -1,8 +1,9 @@
-// Member N, Hopper only: 9 to 64 rows of x (of most INT4 weights: matmul_narrow_int4_cuda.cuh). The
-// weight is the M side of wgmma, decoded into registers by the warp that multiplies it; x is the N
-// side, which tensor copies bring to shared memory. A warp group owns 64 rows of the weight and one
-// segment, a block a segment, whose x its warp groups share. The segments of a contraction are the
-// blocks of a cluster; they are added in ascending order at the end.
+// Member N, Hopper only: few rows of x, up to 64 (of most INT4 weights:
+// matmul_narrow_int4_cuda.cuh). The weight is the M side of wgmma, decoded into registers by the
+// warp that multiplies it; x is the N side, which tensor copies bring to shared memory. A warp
+// group owns 64 rows of the weight and one segment, a block a segment, whose x its warp groups
+// share. The segments of a contraction are the blocks of a cluster; they are added in ascending
+// order at the end.
 #pragma once
 
 #include "device/cuda/tma.cuh"

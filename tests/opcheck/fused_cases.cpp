@@ -179,6 +179,8 @@ void add_fused_cases(CaseList& cases) {
          {Shape{WeightFormat::kInt4, 70, 256, 2048},
           Shape{WeightFormat::kInt4, 33, 512, 1056},
           Shape{WeightFormat::kInt4, 21, 1280, 768},
+          Shape{WeightFormat::kInt4, 6, 256, 768},
+          Shape{WeightFormat::kBF16, 6, 512, 2048},
           Shape{WeightFormat::kBF16, 70, 256, 2048},
           Shape{WeightFormat::kBF16, 40, 768, 416}}) {
         add_case(cases, s);
