@@ -325,6 +325,16 @@ Shape context_shape(const DecodeShape& s) {
     return {1, static_cast<int64_t>(longest), s.heads, s.kv_heads, s.d, s.compute};
 }
 
+// The context's keys and values in pages.
+Pages append_context(Stream& stream, const Shape& s, const Tensors& in) {
+    const Pages pages = make_pages(stream, s, 1);
+    AttentionParams context = params_of(stream, s, pages, 1, 0, s.length);
+    context.k = in[kContextK];
+    context.v = in[kContextV];
+    append_kv(stream, context);
+    return pages;
+}
+
 // Rows `from`.. `to` of the steps, each `copies` times, as one batch; all read the same pages.
 AttentionParams decode_batch(
     Stream& stream,
@@ -403,11 +413,7 @@ int64_t differing_steps(
 void run_decode(Stream& stream, const DecodeShape& shape, const Tensors& in, const Tensors& out) {
     const ScratchScope scope(stream.scratch);
     const Shape s = context_shape(shape);
-    const Pages pages = make_pages(stream, s, 1);
-    AttentionParams context = params_of(stream, s, pages, 1, 0, s.length);
-    context.k = in[kContextK];
-    context.v = in[kContextV];
-    append_kv(stream, context);
+    const Pages pages = append_context(stream, s, in);
     const int64_t rows = in[kSteps].shape[0];
     const AttentionParams all = decode_batch(stream, s, pages.kv, in, 0, rows, 1);
     attention(stream, all, out[0], out[1].as<float>());
@@ -495,11 +501,7 @@ void add_rotated_case(CaseList& cases, const DecodeShape& shape) {
     };
     c.run = [s, w, width](Stream& stream, const Tensors& in, const Tensors& out) {
         const ScratchScope scope(stream.scratch);
-        const Pages pages = make_pages(stream, s, 1);
-        AttentionParams context = params_of(stream, s, pages, 1, 0, s.length);
-        context.k = in[kContextK];
-        context.v = in[kContextV];
-        append_kv(stream, context);
+        const Pages pages = append_context(stream, s, in);
         const int64_t steps = in[kSteps].shape[0];
         AttentionParams p = decode_batch(stream, s, pages.kv, in, 0, steps, 1);
         LinearParams reader;
