@@ -1,5 +1,5 @@
 // The arithmetic of RMSNorm's forward, for its kernel and for others that norm a row on their way,
-// and the norm of one row that is put off for them.
+// and the norm of few rows that is put off for them.
 #pragma once
 
 #include <span>
