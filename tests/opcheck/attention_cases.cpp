@@ -518,7 +518,9 @@ void add_rotated_case(CaseList& cases, const DecodeShape& shape) {
         linear(stream, reader, alone);
         const std::vector<uint8_t> want = bytes_of(stream, alone);
         p.oft_d = in[w + 1];
-        if (attention(stream, p, o, nullptr)) {
+        const bool rotated = attention(stream, p, o, nullptr);
+        CHECK_EQ(rotated, !stream.is_cpu() && s.heads / s.kv_heads <= 8);
+        if (rotated) {
             reader.adapter = {};
         }
         linear(stream, reader, out[0]);
