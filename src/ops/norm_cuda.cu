@@ -1,5 +1,7 @@
 // RMSNorm on the GPU: 128 threads a row, whose sums are a function of the width only
 // (norm_cuda.cuh).
+#include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "device/cuda/check.cuh"
@@ -14,8 +16,9 @@ namespace {
 constexpr int kThreads = kNormThreads;
 constexpr int kWarps = kThreads / 32;
 
-constexpr int kKept = 4;  // groups of a thread that stay in registers between the two passes
+constexpr int kKeptOfFew = 4;  // groups of a thread that stay in registers between the passes
 
+// A row a block.
 __global__ void __launch_bounds__(kThreads) rms_norm_kernel(PendingNorm::Norm norm) {
     __shared__ float shared[kWarps];
     release_successor();
@@ -26,17 +29,17 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(PendingNorm::Norm no
     bf16* y = norm.y + blockIdx.x * width;
     const int64_t groups = (width + 7) / 8;
     const int64_t first = threadIdx.x;
-    Eight w[kKept];  // the weights are constant: their loads need not wait
+    Eight w[kKeptOfFew];  // the weights are constant: their loads need not wait
 #pragma unroll
-    for (int k = 0; k < kKept; ++k) {
+    for (int k = 0; k < kKeptOfFew; ++k) {
         if (first + k * kThreads < groups) {
             w[k] = load_norm_weight(weight, first + k * kThreads, width);
         }
     }
     wait_for_predecessor();
-    Eight kept[kKept] = {};
+    Eight kept[kKeptOfFew] = {};
 #pragma unroll
-    for (int k = 0; k < kKept; ++k) {
+    for (int k = 0; k < kKeptOfFew; ++k) {
         if (first + k * kThreads < groups) {
             kept[k] = load_eight(row, first + k * kThreads, width, aligned);
         }
@@ -47,10 +50,10 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(PendingNorm::Norm no
         sum = sum_of_pieces(norm.squares + blockIdx.x * static_cast<int64_t>(pieces), pieces);
     } else {
 #pragma unroll
-        for (int k = 0; k < kKept; ++k) {
+        for (int k = 0; k < kKeptOfFew; ++k) {
             sum = __fadd_rn(sum, sum_of_piece(add_squares(kept[k], 0.0f)));
         }
-        for (int64_t begin = kKept * kThreads; begin < groups; begin += kThreads) {
+        for (int64_t begin = kKeptOfFew * kThreads; begin < groups; begin += kThreads) {
             Eight e{};
             if (begin + first < groups) {
                 e = load_eight(row, begin + first, width, aligned);
@@ -64,13 +67,79 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(PendingNorm::Norm no
         store_eight(y, i, width, aligned, normed(e, scale, of));
     };
 #pragma unroll
-    for (int k = 0; k < kKept; ++k) {
+    for (int k = 0; k < kKeptOfFew; ++k) {
         if (first + k * kThreads < groups) {
             store(kept[k], w[k], first + k * kThreads);
         }
     }
-    for (int64_t i = first + kKept * kThreads; i < groups; i += kThreads) {
+    for (int64_t i = first + kKeptOfFew * kThreads; i < groups; i += kThreads) {
         store(load_eight(row, i, width, aligned), load_norm_weight(weight, i, width), i);
+    }
+}
+
+// Of a row, and of the weight, a thread keeps `kKept` groups of eight columns in registers.
+template <int kKept>
+struct KeptRow {
+    uint4 v[kKept];
+
+    __device__ __forceinline__ void load(const bf16* row, int64_t width) {
+#pragma unroll
+        for (int k = 0; k < kKept; ++k) {
+            const int64_t i = static_cast<int64_t>(threadIdx.x) + k * kThreads;
+            v[k] = 8 * i < width ? reinterpret_cast<const uint4*>(row)[i] : uint4{};
+        }
+    }
+
+    __device__ __forceinline__ Eight group(int k) const { return unpack_eight(v[k]); }
+};
+
+template <int kKept>
+struct KeptWeight {
+    Eight v[kKept];
+
+    // The weights are constant: their loads need not wait.
+    __device__ __forceinline__ KeptWeight(const float* weight, int64_t width) {
+#pragma unroll
+        for (int k = 0; k < kKept; ++k) {
+            const int64_t i = static_cast<int64_t>(threadIdx.x) + k * kThreads;
+            v[k] = load_norm_weight(weight, i, width);
+        }
+    }
+};
+
+// Many rows of a multiple of eight values, all of them kept: a block takes every gridDim.x-th row,
+// and loads the next one while it works on one.
+template <int kKept>
+__global__ void __launch_bounds__(kThreads) rms_norm_rows_kernel(PendingNorm::Norm norm) {
+    __shared__ float shared[2][kWarps];  // in turn, so that a row's sums outlive the next row's
+    release_successor();
+    const int64_t width = norm.width;
+    const KeptWeight<kKept> weight(norm.weight, width);
+    wait_for_predecessor();
+    KeptRow<kKept> next;
+    next.load(norm.x + blockIdx.x * width, width);
+    int turn = 0;
+    for (int64_t r = blockIdx.x; r < norm.rows; r += gridDim.x) {
+        const KeptRow<kKept> row = next;
+        if (r + gridDim.x < norm.rows) {
+            next.load(norm.x + (r + gridDim.x) * width, width);
+        }
+        float sum = 0.0f;
+#pragma unroll
+        for (int k = 0; k < kKept; ++k) {
+            sum = __fadd_rn(sum, sum_of_piece(add_squares(row.group(k), 0.0f)));
+        }
+        sum = sum_of_row(sum, shared[turn]);
+        turn ^= 1;
+        const float scale = inverse_rms(sum, static_cast<float>(width), norm.eps);
+        auto* y = reinterpret_cast<uint4*>(norm.y + r * width);
+#pragma unroll
+        for (int k = 0; k < kKept; ++k) {
+            const int64_t i = static_cast<int64_t>(threadIdx.x) + k * kThreads;
+            if (8 * i < width) {
+                y[i] = pack_eight(normed(row.group(k), scale, weight.v[k]));
+            }
+        }
     }
 }
 
@@ -124,6 +193,87 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(
     }
 }
 
+// The same of many rows, as in rms_norm_rows_kernel().
+template <int kKept>
+__global__ void __launch_bounds__(kThreads) rms_norm_rows_backward_kernel(
+    const bf16* x,
+    const float* weight,
+    float eps,
+    int64_t rows,
+    int64_t width,
+    const bf16* dy,
+    bf16* dx,
+    bool accumulate
+) {
+    __shared__ float shared[kWarps];
+    release_successor();
+    const KeptWeight<kKept> w(weight, width);
+    wait_for_predecessor();
+    for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
+        KeptRow<kKept> kept_x;
+        KeptRow<kKept> kept_dy;
+        KeptRow<kKept> old{};
+        kept_x.load(x + r * width, width);
+        kept_dy.load(dy + r * width, width);
+        if (accumulate) {
+            old.load(dx + r * width, width);
+        }
+        float squares = 0.0f;
+        float dot = 0.0f;
+#pragma unroll
+        for (int k = 0; k < kKept; ++k) {
+            const Eight e = kept_x.group(k);
+            const Eight d = kept_dy.group(k);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                squares = __fmaf_rn(e.v[j], e.v[j], squares);
+                dot = __fmaf_rn(__fmul_rn(d.v[j], w.v[k].v[j]), e.v[j], dot);
+            }
+        }
+        squares = block_sum<kWarps>(squares, shared);
+        dot = block_sum<kWarps>(dot, shared);
+        const float n = static_cast<float>(width);
+        const float scale = inverse_rms(squares, n, eps);
+        const float cube = __fmul_rn(__fmul_rn(scale, scale), scale);
+        const float factor = __fdiv_rn(__fmul_rn(cube, dot), n);
+        auto* to = reinterpret_cast<uint4*>(dx + r * width);
+#pragma unroll
+        for (int k = 0; k < kKept; ++k) {
+            const int64_t i = static_cast<int64_t>(threadIdx.x) + k * kThreads;
+            const Eight e = kept_x.group(k);
+            const Eight before = old.group(k);
+            Eight d = kept_dy.group(k);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const float g = __fmul_rn(__fmul_rn(d.v[j], w.v[k].v[j]), scale);
+                d.v[j] = __fadd_rn(before.v[j], __fsub_rn(g, __fmul_rn(e.v[j], factor)));
+            }
+            if (8 * i < width) {
+                to[i] = pack_eight(d);
+            }
+        }
+    }
+}
+
+// Rows of a width by the kernels for many: calls run(groups kept, blocks). False: not for these.
+template <typename Run>
+bool launch_many_rows(int64_t rows, int64_t width, const Run& run) {
+    constexpr int64_t kBlocks = 8;              // on a multiprocessor
+    constexpr int64_t kOfGroup = 8 * kThreads;  // columns
+    const int64_t blocks = kBlocks * device_limits().multiprocessors;
+    if (rows <= blocks || width % 8 != 0 || width > 4 * kOfGroup) {
+        return false;
+    }
+    if (width <= kOfGroup) {
+        run(std::integral_constant<int, 1>{}, grid_dim(blocks));
+    } else if (width <= 2 * kOfGroup) {
+        run(std::integral_constant<int, 2>{}, grid_dim(blocks));
+    } else {
+        run(std::integral_constant<int, 4>{}, grid_dim(blocks));
+    }
+    return true;
+}
+
 }  // namespace
 
 PendingNorm& PendingNorm::of(Stream& stream) {
@@ -165,7 +315,13 @@ void PendingNorm::launch(const Stream& stream) {
     left_y_ = nullptr;
     const Norm n = std::exchange(norm_, {});
     if (n.y != nullptr) {
-        launch_early(rms_norm_kernel, dim3(grid_dim(n.rows)), kThreads, 0, queue_of(stream), n);
+        const cudaStream_t queue = queue_of(stream);
+        const auto launch = [&](auto kept, unsigned blocks) {
+            launch_early(rms_norm_rows_kernel<kept()>, dim3(blocks), kThreads, 0, queue, n);
+        };
+        if (n.squares != nullptr || !launch_many_rows(n.rows, n.width, launch)) {
+            launch_early(rms_norm_kernel, dim3(grid_dim(n.rows)), kThreads, 0, queue, n);
+        }
     }
 }
 
@@ -191,20 +347,30 @@ void rms_norm_backward(
     if (x.rows() == 0) {
         return;
     }
-    launch_early(
-        rms_norm_backward_kernel,
-        dim3(grid_dim(x.rows())),
-        kThreads,
-        0,
-        queue_of(stream),
-        activations(x),
-        weight,
-        eps,
-        x.cols(),
-        activations(dy),
-        activations(dx),
-        accumulate
-    );
+    const cudaStream_t queue = queue_of(stream);
+    const auto launch = [&](auto kernel, unsigned blocks, auto... count) {
+        launch_early(
+            kernel,
+            dim3(blocks),
+            kThreads,
+            0,
+            queue,
+            activations(x),
+            weight,
+            eps,
+            count...,
+            x.cols(),
+            activations(dy),
+            activations(dx),
+            accumulate
+        );
+    };
+    const bool many = launch_many_rows(x.rows(), x.cols(), [&](auto kept, unsigned blocks) {
+        launch(rms_norm_rows_backward_kernel<kept()>, blocks, x.rows());
+    });
+    if (!many) {
+        launch(rms_norm_backward_kernel, grid_dim(x.rows()));
+    }
 }
 
 }  // namespace orbit::cuda

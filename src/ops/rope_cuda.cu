@@ -282,13 +282,41 @@ __device__ __forceinline__ LaneHead times(const LaneHead& h, const LaneHead& w) 
         {__fmul_rn(h.high.x, w.high.x), __fmul_rn(h.high.y, w.high.y)}};
 }
 
-// The warp's sum of a times b.
+// The lane's share of the sum of a times b.
 __device__ __forceinline__ float dot_of(const LaneHead& a, const LaneHead& b) {
     float sum = __fmaf_rn(a.low.x, b.low.x, 0.0f);
     sum = __fmaf_rn(a.low.y, b.low.y, sum);
     sum = __fmaf_rn(a.high.x, b.high.x, sum);
-    sum = __fmaf_rn(a.high.y, b.high.y, sum);
-    return warp_sum(sum);
+    return __fmaf_rn(a.high.y, b.high.y, sum);
+}
+
+// warp_sum() of each of a warp's rows with the same additions, for the lanes of row
+// lane / (32 / kRows) alone: on the way each half, then each quarter, keeps the rows that are its.
+template <int kRows>
+__device__ __forceinline__ float sum_of_own_row(const float (&shares)[kRows]) {
+    static_assert(kRows == 1 || kRows == 4);
+    if constexpr (kRows == 1) {
+        return warp_sum(shares[0]);
+    } else {
+        const auto keep = [](float first, float second, int distance) {
+            const bool is_second = (threadIdx.x & distance) != 0;
+            const float given = is_second ? first : second;
+            const float kept = is_second ? second : first;
+            return __fadd_rn(kept, __shfl_xor_sync(kFullWarp, given, distance));
+        };
+        float sum = keep(keep(shares[0], shares[2], 16), keep(shares[1], shares[3], 16), 8);
+#pragma unroll
+        for (int distance = 4; distance > 0; distance >>= 1) {
+            sum = __fadd_rn(sum, __shfl_xor_sync(kFullWarp, sum, distance));
+        }
+        return sum;
+    }
+}
+
+// What the lanes of row r have, for all lanes.
+template <int kRows>
+__device__ __forceinline__ float of_row(float own, int r) {
+    return kRows == 1 ? own : __shfl_sync(kFullWarp, own, r * (32 / kRows));
 }
 
 // The lane's two angles at the token's position.
@@ -334,6 +362,15 @@ __global__ void __launch_bounds__(kWarps * 32)
     wait_for_predecessor();
     LaneHead heads[kRows];
     load_rows(heads, rows.x, w.first, rows.count);
+    float own_scale = 1.0f;
+    if (norms) {
+        float squares[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            squares[r] = dot_of(heads[r], heads[r]);
+        }
+        own_scale = head_scale(p, sum_of_own_row(squares));
+    }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
         const int32_t row = w.first + r;
@@ -344,7 +381,7 @@ __global__ void __launch_bounds__(kWarps * 32)
         const LaneAngles at = r == 0 ? first_at : LaneAngles(p, token);
         LaneHead h = heads[r];
         if (norms) {
-            h = times(scaled(h, head_scale(p, dot_of(h, h))), weight);
+            h = times(scaled(h, of_row<kRows>(own_scale, r)), weight);
         }
         LaneHead out;
         out.low.x = __fsub_rn(__fmul_rn(h.low.x, at.c.x), __fmul_rn(h.high.x, at.s.x));
@@ -374,28 +411,41 @@ __global__ void __launch_bounds__(kWarps * 32)
     load_rows(heads, p.q.x, w.first, p.q.count);
     const bool norms = p.q.norm_weight != nullptr;
     const LaneHead weight = norms ? LaneHead::load(p.q.norm_weight) : LaneHead{};
+    LaneHead turned[kWideRows];
+    float squares[kWideRows];
+    float dots[kWideRows];
+#pragma unroll
+    for (int r = 0; r < kWideRows; ++r) {
+        const int32_t row = min(w.first + r, p.q.count - 1);
+        const LaneAngles at(p, token_of(row, p.q.heads));
+        const LaneHead& g = grads[r];
+        LaneHead& out = turned[r];
+        out.low.x = __fadd_rn(__fmul_rn(g.low.x, at.c.x), __fmul_rn(g.high.x, at.s.x));
+        out.low.y = __fadd_rn(__fmul_rn(g.low.y, at.c.y), __fmul_rn(g.high.y, at.s.y));
+        out.high.x = __fsub_rn(__fmul_rn(g.high.x, at.c.x), __fmul_rn(g.low.x, at.s.x));
+        out.high.y = __fsub_rn(__fmul_rn(g.high.y, at.c.y), __fmul_rn(g.low.y, at.s.y));
+        out = norms ? times(out, weight) : out;
+        squares[r] = dot_of(heads[r], heads[r]);
+        dots[r] = dot_of(out, heads[r]);
+    }
+    float own_scale = 1.0f;
+    float own_factor = 0.0f;
+    if (norms) {
+        own_scale = head_scale(p, sum_of_own_row(squares));
+        const float cube = __fmul_rn(__fmul_rn(own_scale, own_scale), own_scale);
+        const float sum = sum_of_own_row(dots);
+        own_factor = __fdiv_rn(__fmul_rn(cube, sum), static_cast<float>(kWideHead));
+    }
 #pragma unroll
     for (int r = 0; r < kWideRows; ++r) {
         const int32_t row = w.first + r;
         if (row >= p.q.count) {
             return;
         }
-        const LaneAngles at(p, token_of(row, p.q.heads));
-        const LaneHead& g = grads[r];
-        LaneHead out;
-        out.low.x = __fadd_rn(__fmul_rn(g.low.x, at.c.x), __fmul_rn(g.high.x, at.s.x));
-        out.low.y = __fadd_rn(__fmul_rn(g.low.y, at.c.y), __fmul_rn(g.high.y, at.s.y));
-        out.high.x = __fsub_rn(__fmul_rn(g.high.x, at.c.x), __fmul_rn(g.low.x, at.s.x));
-        out.high.y = __fsub_rn(__fmul_rn(g.high.y, at.c.y), __fmul_rn(g.low.y, at.s.y));
+        LaneHead out = turned[r];
         if (norms) {
-            const LaneHead turned = times(out, weight);
-            const LaneHead& x = heads[r];
-            const float scale = head_scale(p, dot_of(x, x));
-            const float cube = __fmul_rn(__fmul_rn(scale, scale), scale);
-            const float factor =
-                __fdiv_rn(__fmul_rn(cube, dot_of(turned, x)), static_cast<float>(kWideHead));
-            const LaneHead straight = scaled(turned, scale);
-            const LaneHead away = scaled(x, factor);
+            const LaneHead straight = scaled(out, of_row<kWideRows>(own_scale, r));
+            const LaneHead away = scaled(heads[r], of_row<kWideRows>(own_factor, r));
             out.low.x = __fsub_rn(straight.low.x, away.low.x);
             out.low.y = __fsub_rn(straight.low.y, away.low.y);
             out.high.x = __fsub_rn(straight.high.x, away.high.x);
