@@ -91,16 +91,38 @@ __device__ __forceinline__ void load_tempered(
     }
 }
 
+// race_score() to within 2e-4 and rounding, by the special function unit.
+__device__ __forceinline__ float near_score(float z, uint32_t word) {
+    const float u = uniform_from_word(word);
+    // -log(1 - u) = u + u^2 / 2 + ...
+    const float exponential = u < 0.015625f ? __fmaf_rn(0.5f * u, u, u) : -__logf(1.0f - u);
+    return z - __logf(exponential);
+}
+
+// The largest of the warp's values, which are no NaN.
+__device__ __forceinline__ float largest_of_warp(float v) {
+#if __CUDA_ARCH__ >= 800
+    const uint32_t key = __reduce_max_sync(kFullWarp, order_key(v));
+    return __uint_as_float((key & 0x80000000u) != 0 ? key ^ 0x80000000u : ~key);
+#else
+    return warp_max(v);
+#endif
+}
+
+// Four neighbouring ids enter the race; all lanes. `leader`: the warp's best near_score() so far.
+// Exact scores are formed only of ids that come near it: any other has lost already.
 __device__ __forceinline__ void race_four(
     float& score,
     int32_t& winner,
+    float& leader,
     const float (&z)[4],
     const SampleRow& row,
     int32_t id,
     int32_t num_tokens
 ) {
+    const bool random = row.filter.temperature > 0.0f;
     PhiloxWords words{};
-    if (row.filter.temperature > 0.0f) {
+    if (random) {
         words = philox(
             static_cast<uint32_t>(id >> 2),
             static_cast<uint32_t>(row.position),
@@ -110,10 +132,21 @@ __device__ __forceinline__ void race_four(
             static_cast<uint32_t>(row.seed >> 32)
         );
     }
+    float near[4];
+    float nearest = dropped();
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-        if (id + j < num_tokens && z[j] > dropped()) {
-            const float s = row.filter.temperature > 0.0f ? race_score(z[j], words.word[j]) : z[j];
+        const bool enters = id + j < num_tokens && z[j] > dropped();
+        const float value = random ? near_score(z[j], words.word[j]) : z[j];
+        near[j] = enters ? value : dropped();
+        nearest = fmaxf(nearest, near[j]);
+    }
+    leader = fmaxf(leader, largest_of_warp(nearest));
+    const float least = leader - __fmaf_rn(1e-6f, fabsf(leader), 0.01f);  // NaN: leader is infinite
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        if (near[j] > dropped() && !(near[j] < least)) {
+            const float s = random ? race_score(z[j], words.word[j]) : z[j];
             if (beats(s, id + j, score, winner)) {
                 score = s;
                 winner = id + j;
@@ -136,6 +169,7 @@ __global__ void __launch_bounds__(32 * kTileWarps) tile_kernel(TileArgs a) {
     float z[8][4];
     float largest = dropped();
     float score = dropped();
+    float leader = dropped();
     int32_t winner = 0x7fffffff;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -146,7 +180,7 @@ __global__ void __launch_bounds__(32 * kTileWarps) tile_kernel(TileArgs a) {
             largest = fmaxf(largest, z[i][j]);
         }
         if (draws) {
-            race_four(score, winner, z[i], a.samples[row], id, a.num_tokens);
+            race_four(score, winner, leader, z[i], a.samples[row], id, a.num_tokens);
         }
     }
     largest = warp_max(largest);
