@@ -563,10 +563,21 @@ bool fits_one_row(const MatmulArgs& a) {
     return false;
 }
 
+// Shared memory that lets a multiprocessor have no more than an even share of the blocks. INT4's
+// loop takes the longer the more warps run it, so where it is long, all wait for the fullest one.
+inline int64_t even_share_bytes(int64_t blocks) {
+    const int64_t share = ceil_div(blocks, device_limits().multiprocessors);
+    return shared_memory_limit() / (share + 1) / 16 * 16 + 16;
+}
+
 template <WeightFormat kFormat, int kStages>
 void launch_one_row_stages(cudaStream_t queue, const MatmulGroup& group, int64_t blocks) {
+    using Layout = OneRowLayout<kFormat>;
     const auto kernel = matmul_one_row_kernel<kFormat, kStages>;
-    const size_t shared = kOneRowWarps * kStages * OneRowLayout<kFormat>::kStageBytes;
+    int64_t shared = kOneRowWarps * kStages * Layout::kStageBytes;
+    if (kFormat == WeightFormat::kInt4 && group.args[0].segment > kStages * Layout::kChunk) {
+        shared = std::max(shared, even_share_bytes(blocks));
+    }
     allow_shared_memory(kernel, shared);
     launch_early(kernel, dim3(grid_dim(blocks)), kOneRowWarps * 32, shared, queue, group);
 }
