@@ -71,19 +71,27 @@ __global__ void __launch_bounds__(32) matmul_plain_kernel(const __grid_constant_
     );
 }
 
+// Rows [first, first + count) of a product.
+inline MatmulArgs rows_of_product(const MatmulArgs& a, int32_t first, int32_t count) {
+    MatmulArgs part = a;
+    Epilogue& e = part.epilogue;
+    part.m = count;
+    part.x += first * a.ldx;
+    e.y = static_cast<char*>(e.y) + first * e.ldy * (e.f32_out ? 4 : 2);
+    e.residual = e.residual == nullptr ? nullptr : e.residual + first * e.ldy;
+    e.lora_u = e.lora_u == nullptr ? nullptr : e.lora_u + static_cast<int64_t>(first) * e.ldu;
+    return part;
+}
+
 template <WeightFormat kFormat, bool kBackward>
 void launch_plain(cudaStream_t queue, const MatmulArgs& a) {
     // Rows in slices: the grid's second axis is short.
     constexpr int32_t kSlice = 32768 * 16;
     for (int32_t m = 0; m < a.m; m += kSlice) {
-        MatmulArgs part = a;
-        part.m = std::min(kSlice, a.m - m);
-        part.x += m * a.ldx;
-        Epilogue& e = part.epilogue;
-        e.y = static_cast<char*>(e.y) + m * e.ldy * (e.f32_out ? 4 : 2);
-        e.residual = e.residual == nullptr ? nullptr : e.residual + m * e.ldy;
-        e.lora_u = e.lora_u == nullptr ? nullptr : e.lora_u + static_cast<int64_t>(m) * e.ldu;
-        const dim3 grid(grid_dim(ceil_div(e.columns, 8)), grid_dim_yz(ceil_div(part.m, 16)));
+        const MatmulArgs part = rows_of_product(a, m, std::min(kSlice, a.m - m));
+        const dim3 grid(
+            grid_dim(ceil_div(a.epilogue.columns, 8)), grid_dim_yz(ceil_div(part.m, 16))
+        );
         matmul_plain_kernel<kFormat, kBackward><<<grid, 32, 0, queue>>>(part);
         LAUNCH_CHECK();
     }
@@ -158,6 +166,26 @@ bool launch_few_rows(cudaStream_t queue, MatmulGroup& group) {
                                  : launch_best_narrow<kFormat, 64>(queue, group);
 }
 
+// INT4 of so many rows by the kernel for 64, 64 at a time, as measured: it reads the weights again
+// for each, but the tiles for many rows are far from what memory or the matrix unit allow.
+constexpr int32_t kSlicedMaxRows = 512;
+
+inline bool launch_slices(cudaStream_t queue, const MatmulGroup& group) {
+    const int32_t rows = group.args[0].m;
+    if (rows > kSlicedMaxRows || widest(group) <= 128 || !has_wgmma() || !fits_narrow_int4(group)) {
+        return false;
+    }
+    for (int32_t first = 0; first < rows; first += kNarrowMaxRows) {
+        MatmulGroup slice = group;
+        for (int32_t i = 0; i < group.count; ++i) {
+            const int32_t count = std::min(kNarrowMaxRows, rows - first);
+            slice.args[i] = rows_of_product(group.args[i], first, count);
+        }
+        CHECK(launch_few_rows<WeightFormat::kInt4>(queue, slice));
+    }
+    return true;
+}
+
 // Up to 16 rows of a weight of many rows: where the matrix unit of Hopper is quicker, as measured.
 template <WeightFormat kFormat>
 bool launch_narrow_16(cudaStream_t queue, MatmulGroup& group) {
@@ -180,13 +208,18 @@ void launch_best_tile(cudaStream_t queue, MatmulGroup& group) {
             return launch_tile<TinyBackwardTile, kFormat, true, kSegmented>(queue, group);
         }
     }
-    if (!narrow && group.args[0].m > 64 && count_blocks(group, 128, 128) >= kEnoughWide) {
-        if constexpr (kFormat == WeightFormat::kBF16) {
-            constexpr auto kDirection = kBackward ? Direction::kBackward : Direction::kForward;
-            if (fits_pairs(group)) {
-                return matmul_pairs(queue, kDirection, group);
-            }
+    if constexpr (kFormat == WeightFormat::kBF16) {
+        constexpr auto kDirection = kBackward ? Direction::kBackward : Direction::kForward;
+        if (!narrow && fits_pairs(group)) {
+            return matmul_pairs(queue, kDirection, group);
         }
+    }
+    if constexpr (kFormat == WeightFormat::kInt4 && !kBackward) {
+        if (group.args[0].m > kNarrowMaxRows && launch_slices(queue, group)) {
+            return;
+        }
+    }
+    if (!narrow && group.args[0].m > 64 && count_blocks(group, 128, 128) >= kEnoughWide) {
         if (has_wgmma()) {
             return launch_wgmma<kFormat, kBackward, kSegmented>(queue, group);
         }

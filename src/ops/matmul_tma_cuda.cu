@@ -25,11 +25,12 @@ constexpr int kThreads = 128 * (kMultipliers + 1);
 constexpr int kLead = 2;
 constexpr int kMinDepth = 256;               // of the contraction
 static_assert(kLead * kTileK <= kMinDepth);  // One tile is enough to end the second one's wait.
-constexpr int kMinRows = 1024;
-constexpr int kMinTiles = 64;  // of 128 x 128: about half of the multiprocessors
-// Fewer rows do where they have as many columns as the head's products.
-constexpr int kMinRowsOfMany = 512;
-constexpr int kManyTiles = 256;
+// Where pairs are quicker than the other members, as measured: of rows and tiles of 128 x 128. With
+// LoRA, which takes the others longer, fewer rows will do.
+constexpr int kManyRows = 1024;
+constexpr int kMinTilesOfMany = 64;
+constexpr int kMinRows = 512;
+constexpr int kMinTiles = 16;
 constexpr int kMaxRank = 256;  // LoRA's operands take a stage for each 64 of the rank
 
 template <int kTileN>
@@ -168,10 +169,14 @@ __device__ __forceinline__ void fill_stages(const PairedGroup& group, Ring<Tile>
         for (int32_t k = 0; k < a.k; k += kTileK) {
             fill_stage<Tile, kBackward>(ring, maps.x, maps.w, place, k);
         }
+        if (a.epilogue.lora_u != nullptr) {
+            wait_for_predecessor();  // which makes u, where x_is_ready
+        }
         for (int32_t step = 0; step < lora_steps(a.epilogue); ++step) {
             fill_stage<Tile, kBackward>(ring, maps.lora_u, maps.lora_b, place, step * kTileK);
         }
     }
+    wait_for_predecessor();
 }
 
 // acc (+)= 64 rows of x . columns [column, column + kN) of the weight, k16 step `step` of a stage.
@@ -230,43 +235,54 @@ __device__ __forceinline__ void multiply_stages(
     ring.free(last);
 }
 
-// lora (+)= u b^T for 64 columns, over the 64 of the rank in a stage; complete on return. Those
-// past the rank are zeros, which change no bit.
+// Begins lora = u b^T for 64 columns, over LoRA's stages from `at` on, which are filled.
 template <typename Tile, bool kBackward>
-__device__ __forceinline__ void multiply_rank(
-    float (&lora)[8][4], const Ring<Tile>& ring, int warpgroup, int column, int add
+__device__ __forceinline__ void start_rank(
+    float (&lora)[8][4], Ring<Tile> at, int warpgroup, int column, int32_t rank
 ) {
     wgmma_begin();
-#pragma unroll
-    for (int i = 0; i < kTileK / 16; ++i) {
-        issue_step<Tile, kBackward, 64>(lora, ring, warpgroup, column, i, i > 0 ? 1 : add);
+    issue_step<Tile, kBackward, 64>(lora, at, warpgroup, column, 0, 0);
+#pragma unroll 1
+    for (int32_t step = 1; step < rank / 16; ++step) {
+        if (step % (kTileK / 16) == 0) {
+            at.advance();
+        }
+        issue_step<Tile, kBackward, 64>(lora, at, warpgroup, column, step % (kTileK / 16), 1);
     }
     wgmma_commit();
-    wgmma_wait<0>();
-    pin_registers(lora);
 }
 
-// v = scale v + lora_scale u b^T.
+// v = scale v + lora_scale u b^T. While 64 columns are added, the next ones are multiplied.
 template <typename Tile, bool kBackward>
 __device__ __forceinline__ void add_lora_stages(
     float (&v)[Tile::kFragN][4], Ring<Tile>& ring, int warpgroup, const Epilogue& e
 ) {
+    constexpr int kColumns = Tile::kN / 64;
     const int32_t steps = lora_steps(e);
+    Ring<Tile> at = ring;
+    for (int32_t step = 0; step < steps; ++step) {
+        at.wait_filled();
+        at.advance();
+    }
+    float lora[2][8][4];
+    start_rank<Tile, kBackward>(lora[0], ring, warpgroup, 0, e.ldu);
 #pragma unroll
-    for (int column = 0; column < Tile::kN; column += 64) {
-        float lora[8][4];
-        Ring<Tile> at = ring;
-#pragma unroll 1
-        for (int32_t step = 0; step < steps; ++step) {
-            at.wait_filled();
-            multiply_rank<Tile, kBackward>(lora, at, warpgroup, column, step);
-            at.advance();
+    for (int column = 0; column < kColumns; ++column) {
+        if (column + 1 < kColumns) {
+            start_rank<Tile, kBackward>(
+                lora[(column + 1) % 2], ring, warpgroup, 64 * (column + 1), e.ldu
+            );
+            wgmma_wait<1>();
+        } else {
+            wgmma_wait<0>();
         }
+        pin_registers(lora[column % 2]);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
-                v[column / 8 + j][c] = add_lora(e, v[column / 8 + j][c], lora[j][c]);
+                float& sum = v[column * 8 + j][c];
+                sum = add_lora(e, sum, lora[column % 2][j][c]);
             }
         }
     }
@@ -500,7 +516,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     release_successor();
     cluster_sync();  // No block's barriers are used before they are made.
-    wait_for_predecessor();
+    if (!group.products.args[0].x_is_ready) {
+        wait_for_predecessor();
+    }
     if (warpgroup == kMultipliers) {
         lower_registers<24>();
         if (threadIdx.x == 128 * kMultipliers) {
@@ -583,7 +601,8 @@ void launch_best_pairs(cudaStream_t queue, const MatmulGroup& group) {
 }  // namespace
 
 bool fits_pairs(const MatmulGroup& group) {
-    if (!has_wgmma() || group.args[0].m < kMinRowsOfMany) {
+    const int32_t rows = group.args[0].m;
+    if (!has_wgmma() || rows <= kNarrowMaxRows) {
         return false;
     }
     int64_t tiles = 0;
@@ -593,11 +612,12 @@ bool fits_pairs(const MatmulGroup& group) {
         const Epilogue& e = a.epilogue;
         const auto lora =
             reinterpret_cast<uintptr_t>(e.lora_u) | reinterpret_cast<uintptr_t>(e.lora_b);
-        if (a.k < kMinDepth || e.ldu > kMaxRank || lora % 16 != 0 || e.ldb % 8 != 0) {
+        if (a.k < kMinDepth || e.ldu > kMaxRank || lora % 16 != 0 || e.ldb % 8 != 0 ||
+            (rows < kMinRows && e.lora_u == nullptr)) {
             return false;
         }
     }
-    return tiles >= (group.args[0].m < kMinRows ? kManyTiles : kMinTiles);
+    return tiles >= (rows < kManyRows ? kMinTiles : kMinTilesOfMany);
 }
 
 void matmul_pairs(cudaStream_t queue, Direction direction, const MatmulGroup& group) {

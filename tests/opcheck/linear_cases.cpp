@@ -528,6 +528,22 @@ void add_gpu_cases(CaseList& cases) {
         add_rows_case(cases, "linear_swiglu", s, swiglu_case);
     }
     add_linear({WeightFormat::kBF16, 500, 4320, 304, bf16_type, AdapterKind::kLora, 20});
+    // A few hundred rows: INT4 by the kernel for 64, bf16 by pairs of blocks beside LoRA's product.
+    for (const Shape& s :
+         {Shape{WeightFormat::kInt4, 130, 2048, 392, bf16_type, AdapterKind::kLora, 16, true, true},
+          Shape{WeightFormat::kInt4, 300, 768, 200, bf16_type, AdapterKind::kLora, 40, false, true},
+          Shape{WeightFormat::kInt4, 200, 512, 8200},
+          Shape{WeightFormat::kInt4, 100, 768, 136, bf16_type, AdapterKind::kOft, 32},
+          Shape{WeightFormat::kBF16, 72, 1088, 2008, bf16_type, AdapterKind::kLora, 16, true, true},
+          Shape{WeightFormat::kBF16, 300, 2304, 1032, bf16_type, AdapterKind::kLora, 40},
+          Shape{WeightFormat::kBF16, 520, 2304, 1032}}) {
+        add_linear(s);
+    }
+    for (const Shape& s :
+         {Shape{WeightFormat::kInt4, 130, 1024, 8200, bf16_type, AdapterKind::kLora, 16},
+          Shape{WeightFormat::kBF16, 130, 1056, 2000, bf16_type, AdapterKind::kLora, 16, true}}) {
+        add_rows_case(cases, "linear_swiglu", s, swiglu_case);
+    }
 }
 
 void add_perf_cases(CaseList& cases) {
