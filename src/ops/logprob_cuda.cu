@@ -101,12 +101,8 @@ __device__ __forceinline__ float near_score(float z, uint32_t word) {
 
 // The largest of the warp's values, which are no NaN.
 __device__ __forceinline__ float largest_of_warp(float v) {
-#if __CUDA_ARCH__ >= 800
     const uint32_t key = __reduce_max_sync(kFullWarp, order_key(v));
     return __uint_as_float((key & 0x80000000u) != 0 ? key ^ 0x80000000u : ~key);
-#else
-    return warp_max(v);
-#endif
 }
 
 // Four neighbouring ids enter the race; all lanes. `leader`: the warp's best near_score() so far.
