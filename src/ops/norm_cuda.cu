@@ -16,10 +16,9 @@ namespace {
 constexpr int kThreads = kNormThreads;
 constexpr int kWarps = kThreads / 32;
 
-constexpr int kKeptOfFew = 4;  // groups of a thread that stay in registers between the passes
-
 // A row a block.
 __global__ void __launch_bounds__(kThreads) rms_norm_kernel(PendingNorm::Norm norm) {
+    constexpr int kKept = 4;  // groups of a thread that stay in registers between the passes
     __shared__ float shared[kWarps];
     release_successor();
     const float* weight = norm.weight;
@@ -29,17 +28,17 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(PendingNorm::Norm no
     bf16* y = norm.y + blockIdx.x * width;
     const int64_t groups = (width + 7) / 8;
     const int64_t first = threadIdx.x;
-    Eight w[kKeptOfFew];  // the weights are constant: their loads need not wait
+    Eight w[kKept];  // the weights are constant: their loads need not wait
 #pragma unroll
-    for (int k = 0; k < kKeptOfFew; ++k) {
+    for (int k = 0; k < kKept; ++k) {
         if (first + k * kThreads < groups) {
             w[k] = load_norm_weight(weight, first + k * kThreads, width);
         }
     }
     wait_for_predecessor();
-    Eight kept[kKeptOfFew] = {};
+    Eight kept[kKept] = {};
 #pragma unroll
-    for (int k = 0; k < kKeptOfFew; ++k) {
+    for (int k = 0; k < kKept; ++k) {
         if (first + k * kThreads < groups) {
             kept[k] = load_eight(row, first + k * kThreads, width, aligned);
         }
@@ -50,10 +49,10 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(PendingNorm::Norm no
         sum = sum_of_pieces(norm.squares + blockIdx.x * static_cast<int64_t>(pieces), pieces);
     } else {
 #pragma unroll
-        for (int k = 0; k < kKeptOfFew; ++k) {
+        for (int k = 0; k < kKept; ++k) {
             sum = __fadd_rn(sum, sum_of_piece(add_squares(kept[k], 0.0f)));
         }
-        for (int64_t begin = kKeptOfFew * kThreads; begin < groups; begin += kThreads) {
+        for (int64_t begin = kKept * kThreads; begin < groups; begin += kThreads) {
             Eight e{};
             if (begin + first < groups) {
                 e = load_eight(row, begin + first, width, aligned);
@@ -67,12 +66,12 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(PendingNorm::Norm no
         store_eight(y, i, width, aligned, normed(e, scale, of));
     };
 #pragma unroll
-    for (int k = 0; k < kKeptOfFew; ++k) {
+    for (int k = 0; k < kKept; ++k) {
         if (first + k * kThreads < groups) {
             store(kept[k], w[k], first + k * kThreads);
         }
     }
-    for (int64_t i = first + kKeptOfFew * kThreads; i < groups; i += kThreads) {
+    for (int64_t i = first + kKept * kThreads; i < groups; i += kThreads) {
         store(load_eight(row, i, width, aligned), load_norm_weight(weight, i, width), i);
     }
 }
@@ -347,29 +346,21 @@ void rms_norm_backward(
     if (x.rows() == 0) {
         return;
     }
-    const cudaStream_t queue = queue_of(stream);
-    const auto launch = [&](auto kernel, unsigned blocks, auto... count) {
-        launch_early(
-            kernel,
-            dim3(blocks),
-            kThreads,
-            0,
-            queue,
-            activations(x),
-            weight,
-            eps,
-            count...,
-            x.cols(),
-            activations(dy),
-            activations(dx),
-            accumulate
-        );
+    const auto launch = [&](auto kernel, unsigned blocks, const auto&... arguments) {
+        launch_early(kernel, dim3(blocks), kThreads, 0, queue_of(stream), arguments...);
     };
-    const bool many = launch_many_rows(x.rows(), x.cols(), [&](auto kept, unsigned blocks) {
-        launch(rms_norm_rows_backward_kernel<kept()>, blocks, x.rows());
+    const bf16* in = activations(x);
+    const bf16* grad = activations(dy);
+    bf16* out = activations(dx);
+    const int64_t rows = x.rows();
+    const int64_t width = x.cols();
+    const bool many = launch_many_rows(rows, width, [&](auto kept, unsigned blocks) {
+        const auto kernel = rms_norm_rows_backward_kernel<kept()>;
+        launch(kernel, blocks, in, weight, eps, rows, width, grad, out, accumulate);
     });
     if (!many) {
-        launch(rms_norm_backward_kernel, grid_dim(x.rows()));
+        const unsigned blocks = grid_dim(rows);
+        launch(rms_norm_backward_kernel, blocks, in, weight, eps, width, grad, out, accumulate);
     }
 }
 
