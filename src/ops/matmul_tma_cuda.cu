@@ -1,8 +1,8 @@
-// Member P/B for many rows of a bf16 weight on Hopper. Two thread blocks, one above the other, make
-// a pair: each multiplies a tile of 128 rows and shares its half of the weight's tile with the
-// other. In a block one thread keeps a ring of stages full with tensor copies, and two warp groups
-// of 64 rows each multiply what is there. Blocks stay for all of their tiles, so that the next
-// tile's operands arrive while one is stored.
+// Member P/B for many rows of a bf16 weight on Hopper, and fewer with LoRA. Two thread blocks, one
+// above the other, make a pair: each multiplies a tile of 128 rows and shares its half of the
+// weight's tile with the other. In a block one thread keeps a ring of stages full with tensor
+// copies, and two warp groups of 64 rows each multiply what is there. Blocks stay for all of their
+// tiles, so that the next tile's operands arrive while one is stored.
 //
 // The bits are those of the other members: k16 steps in ascending order, segments added up in
 // ascending order, LoRA's product in a chain of its own, then the epilogue's order.
