@@ -228,9 +228,13 @@ TEST(Quant, SmallScalesAreBelowTheLimitInMagnitude) {
         set(i, -0.031f);
     }
     EXPECT_TRUE(has_small_scales(w));
-    for (const float large : {kSmallScale, -kSmallScale, 1e30f}) {
-        set(5, large);
-        EXPECT_FALSE(has_small_scales(w)) << large;
+    for (const float other : {kSmallScale, -kSmallScale, 1e30f, -1e-31f, 1e-40f}) {
+        set(5, other);
+        EXPECT_FALSE(has_small_scales(w)) << other;
+    }
+    for (const float small : {0.0f, -0.0f, kTinyScale}) {
+        set(5, small);
+        EXPECT_TRUE(has_small_scales(w)) << small;
     }
 }
 

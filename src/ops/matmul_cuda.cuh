@@ -82,6 +82,13 @@ inline bool rotates_swiglu(const MatmulGroup& group) {
     return group.args[0].m == 1 || swiglu_apart(group);
 }
 
+// For members whose INT4 weights are SmallScales<true>.
+inline void undo_shrinking(MatmulGroup& group) {
+    for (int32_t i = 0; i < group.count; ++i) {
+        group.args[i].epilogue.scale *= kShrunkBack;
+    }
+}
+
 // The product that this thread block works on; `block` becomes the block's number inside it.
 __device__ __forceinline__ const MatmulArgs& product_of_block(
     const MatmulGroup& group, int32_t& block

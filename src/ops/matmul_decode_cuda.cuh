@@ -335,7 +335,7 @@ struct ChunkRows {
         } else if constexpr (kFormat == WeightFormat::kInt4 && kPaired) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const SmallScales small(*reinterpret_cast<const uint32_t*>(scales[i] + 2 * b));
+                const SmallScales<> small(*reinterpret_cast<const uint32_t*>(scales[i] + 2 * b));
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     uint32_t pair[4];

@@ -167,45 +167,46 @@ struct NarrowInt4Rows {
     }
 };
 
-// A lane's part of a stage's weights: rows g and g + 8 of its warp's.
+// A warp's 16 rows of a stage's weights.
 template <int kTokens>
 struct NarrowInt4Weights {
     using Layout = NarrowInt4Layout<kTokens>;
     const char* shared;   // where the ring starts
-    uint32_t codes;       // of row g's granule 0, from a stage's start
-    uint32_t scales;      // of row g's
-    uint32_t here = 0;    // `codes` in the current stage
-    uint4 scale[2] = {};  // of its eight blocks, two in each word
+    uint32_t codes;       // what the lane names to the matrix loads, from a stage's start
+    uint32_t scales;      // of row g, the same
+    uint32_t here = 0;    // shared address of `codes` in the current stage
+    uint4 scale[2] = {};  // of rows g and g + 8: of eight blocks, two in each word
 
     __device__ __forceinline__ NarrowInt4Weights(const char* ring, int groups, int32_t warp_row)
         : shared(ring) {
         const int lane = threadIdx.x & 31;
-        const int g = lane >> 2;
-        const int32_t row = warp_row + g;
-        // Granule b of rows of 128 bytes lies at b ^ g, which is at `codes` ^ 16 b.
-        codes = Layout::kCodes + row * 128 + (g << 4) + 4 * (lane & 3);
-        scales = Layout::kCodes + groups * Layout::kCodeBytes + row * 16;
+        // Granule b of rows of 128 bytes is block b's codes, a word for each lane of a quad, as
+        // matrix loads give them; it lies at b ^ row % 8, which is at `codes` ^ 16 b. Lanes 16 and
+        // above name the next block.
+        const int32_t row = warp_row + (lane & 15);
+        codes = Layout::kCodes + row * 128 + (((lane & 7) ^ (lane >> 4)) << 4);
+        scales = Layout::kCodes + groups * Layout::kCodeBytes + (warp_row + (lane >> 2)) * 16;
     }
 
     __device__ __forceinline__ void enter(uint32_t stage) {
-        here = stage + codes;
+        here = shared_address(shared) + stage + codes;
         scale[0] = *reinterpret_cast<const uint4*>(shared + stage + scales);
         scale[1] = *reinterpret_cast<const uint4*>(shared + stage + scales + 8 * 16);
     }
 
     // 64 columns: the M side of four k16 steps.
     __device__ __forceinline__ void decode(int step, uint32_t (&w)[4][4]) const {
+        uint32_t word[2][2];  // of blocks 2 step and 2 step + 1, and of rows g and g + 8
+        const uint32_t at = here ^ static_cast<uint32_t>(step << 5);
+        ldmatrix_x4(word[0][0], word[0][1], word[1][0], word[1][1], at);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const uint32_t two[4] = {scale[i].x, scale[i].y, scale[i].z, scale[i].w};
-            const SmallScales small(two[step]);
+            const SmallScales<true> small(two[step]);
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const uint32_t at = here ^ static_cast<uint32_t>((2 * step + j) << 4);
                 uint32_t pair[4];
-                small.decode(
-                    *reinterpret_cast<const uint32_t*>(shared + at + i * 8 * 128), j, pair
-                );
+                small.decode(word[j][i], j, pair);
                 place_pairs(pair, i, j, w);
             }
         }
@@ -466,6 +467,7 @@ bool launch_narrow_int4(cudaStream_t queue, MatmulGroup& group) {
     const int groups = narrow_int4_groups<kTokens>(group, segments);
     const int64_t blocks = number_int4_blocks(group, groups, segments);
     NarrowInt4Group all{group, {}, {}, {}};
+    undo_shrinking(all.products);
     for (int32_t i = 0; i < group.count; ++i) {
         const MatmulArgs& a = group.args[i];
         const bool whole = group.swiglu == nullptr || apart;

@@ -96,9 +96,9 @@ __device__ __forceinline__ void put_swiglu(
             const float sum[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float added = products.args[p].epilogue.bias == nullptr
-                                        ? sum[i]
-                                        : __fadd_rn(sum[i], bias[p][i / 2]);
+                const Epilogue& e = products.args[p].epilogue;
+                const float scaled = __fmul_rn(sum[i], e.scale);
+                const float added = e.bias == nullptr ? scaled : __fadd_rn(scaled, bias[p][i / 2]);
                 v[p][i] = to_float(round_bf16(added));
             }
         }

@@ -38,21 +38,25 @@ struct OneRowLayout {
 };
 
 // The warp's 16 rows of the weight from row0 on, and x: `chunks` chunks of columns from k_begin on.
+// What a lane copies, and where to in a stage, stays; only the chunk's number changes.
 template <WeightFormat kFormat, int kStages>
 struct OneRowStream {
     using Layout = OneRowLayout<kFormat>;
-    const char* weight[4];  // of rows lane / 8 + 4i: the granule that this lane copies next
+    const char* weight[4];  // of rows lane / 8 + 4i: the granule that this lane copies first
     const char* scales;     // of row lane
     const char* x;
     char* ring;
-    uint32_t fill = 0;  // the stage that is copied next, in bytes from the ring's start
-    uint32_t read = 0;  // the stage that is read
-    int32_t left;       // chunks that are still to be copied
+    uint32_t weight_to[2];  // in a stage, of rows lane / 8 and lane / 8 + 4
+    uint32_t x_to;          // the same
+    uint32_t fill = 0;      // the stage that is copied next, in bytes from the ring's start
+    uint32_t read = 0;      // the stage that is read
+    int32_t next = 0;       // the chunk that is copied next
+    int32_t chunks;
 
     // Rows past the end repeat the last one.
     __device__ __forceinline__
-    OneRowStream(const MatmulArgs& a, int32_t row0, int32_t k_begin, int32_t chunks, char* at)
-        : ring(at), left(chunks) {
+    OneRowStream(const MatmulArgs& a, int32_t row0, int32_t k_begin, int32_t count, char* at)
+        : ring(at), chunks(count) {
         const int lane = threadIdx.x & 31;
         const int64_t start = static_cast<int64_t>(k_begin / 32) * BlockBytes<kFormat>::value;
 #pragma unroll
@@ -61,12 +65,30 @@ struct OneRowStream {
             weight[i] = reinterpret_cast<const char*>(a.w.data) + row * a.w.row_bytes + start +
                         (lane & 7) * 16;
         }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = (lane >> 3) + 4 * i;
+            const int granule = Layout::kSwizzles ? (lane & 7) ^ row : lane & 7;
+            weight_to[i] = static_cast<uint32_t>(row * Layout::kStride + granule * 16);
+        }
         if constexpr (kScalesApart<kFormat>) {
             const int32_t row = min(row0 + (lane & 15), a.w.rows - 1);
             scales = reinterpret_cast<const char*>(scale_row<kFormat>(a.w, row)) +
                      scale_offset<kFormat>(a.w, k_begin);
         }
         x = reinterpret_cast<const char*>(a.x + k_begin) + lane * (Layout::kPairsOfX ? 4 : 16);
+        x_to = Layout::kPairsOfX ? (lane & 3) * 32 + (lane >> 2) * 4 : lane * 16;
+        // Or else they would be computed again for each chunk.
+        asm volatile("" : "+l"(weight[0]), "+l"(weight[1]), "+l"(weight[2]), "+l"(weight[3]));
+        asm volatile("" : "+r"(weight_to[0]), "+r"(weight_to[1]), "+r"(x_to));
+    }
+
+    // from + chunk * kBytes, which the compiler would carry along in more instructions.
+    template <uint32_t kBytes>
+    static __device__ __forceinline__ const char* in_chunk(const char* from, uint32_t chunk) {
+        const char* at;
+        asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(chunk), "n"(kBytes), "l"(from));
+        return at;
     }
 
     static __device__ __forceinline__ uint32_t after(uint32_t stage) {
@@ -74,63 +96,61 @@ struct OneRowStream {
         return stage == kLast ? 0 : stage + Layout::kStageBytes;
     }
 
-    __device__ __forceinline__ void copy_weight(uint32_t stage) {
-        const int lane = threadIdx.x & 31;
-        const int row = lane >> 3;
+    __device__ __forceinline__ void copy_weight(uint32_t stage, uint32_t chunk) const {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int granule = Layout::kSwizzles ? (lane & 7) ^ (row + 4 * (i % 2)) : lane & 7;
-            copy_async_16(stage + (row + 4 * i) * Layout::kStride + granule * 16, weight[i]);
-            weight[i] += Layout::kRowBytes;
+            copy_async_16(
+                stage + weight_to[i % 2] + i / 2 * 8 * Layout::kStride,
+                in_chunk<Layout::kRowBytes>(weight[i], chunk)
+            );
         }
         if constexpr (Layout::kScales > 0) {
-            if (lane < 16) {
+            if (x_to < 16 * 16) {  // lanes 0 to 15, told by what is at hand
                 copy_async<Layout::kScales>(
-                    stage + Layout::kScalesAt + lane * Layout::kScales, scales
+                    stage + Layout::kScalesAt + x_to / 16 * Layout::kScales,
+                    in_chunk<Layout::kScales>(scales, chunk)
                 );
             }
-            scales += Layout::kScales;
         }
     }
 
-    __device__ __forceinline__ void copy_x(uint32_t stage) {
-        const int lane = threadIdx.x & 31;
-        const uint32_t to = stage + Layout::kXAt;
+    __device__ __forceinline__ void copy_x(uint32_t stage, uint32_t chunk) const {
+        const uint32_t to = stage + Layout::kXAt + x_to;
+        const char* from = in_chunk<Layout::kChunk * 2>(x, chunk);
         if constexpr (Layout::kPairsOfX) {
             static_assert(Layout::kChunk == 64);
-            copy_async<4>(to + (lane & 3) * 32 + (lane >> 2) * 4, x);
+            copy_async<4>(to, from);
         } else {
             static_assert(Layout::kChunk == 256);
-            copy_async_16(to + lane * 16, x);
+            copy_async_16(to, from);
         }
-        x += Layout::kChunk * 2;
     }
 
     template <typename Copy>
-    __device__ __forceinline__ void start(const Copy& copy) {
+    __device__ __forceinline__ void start(const Copy& copy) const {
         const uint32_t base = shared_address(ring);
 #pragma unroll 1
         for (int c = 0; c < kStages - 1; ++c) {
-            if (c < left) {
-                copy(base + c * Layout::kStageBytes);
+            if (c < chunks) {
+                copy(base + c * Layout::kStageBytes, static_cast<uint32_t>(c));
             }
             copy_async_commit();
         }
     }
 
     // The first chunks but for x: the weights are constant, and need not wait for other kernels.
-    __device__ __forceinline__ void start_weights() {
-        start([&](uint32_t stage) { copy_weight(stage); });
+    __device__ __forceinline__ void start_weights() const {
+        start([&](uint32_t stage, uint32_t chunk) { copy_weight(stage, chunk); });
     }
 
     __device__ __forceinline__ void start_x() {
-        start([&](uint32_t stage) { copy_x(stage); });
-        left -= kStages - 1;
+        start([&](uint32_t stage, uint32_t chunk) { copy_x(stage, chunk); });
+        next = kStages - 1;
         fill = (kStages - 1) * Layout::kStageBytes;
     }
 
     // The next chunk, which is in the ring.
-    __device__ __forceinline__ const char* next() {
+    __device__ __forceinline__ const char* next_chunk() {
         copy_async_wait<kStages - 2>();
         __syncwarp();  // Every lane's bytes are there, and every lane left the stage before.
         const char* chunk = ring + read;
@@ -140,55 +160,62 @@ struct OneRowStream {
 
     // Another one on its way, into the stage before it.
     __device__ __forceinline__ void refill() {
-        if (left > 0) {
+        if (next < chunks) {
             const uint32_t stage = shared_address(ring) + fill;
-            copy_weight(stage);
-            copy_x(stage);
+            copy_weight(stage, static_cast<uint32_t>(next));
+            copy_x(stage, static_cast<uint32_t>(next));
         }
         copy_async_commit();
         fill = after(fill);
-        --left;
+        ++next;
     }
 };
 
-// Columns [64 step, 64 step + 64) of a chunk, as they lie there: packed codes, and scales.
+// Columns [64 step, 64 step + 64) of a chunk, as they lie there: packed codes; and a chunk's
+// scales.
 template <WeightFormat kFormat>
 struct OneRowWords {
     using Layout = OneRowLayout<kFormat>;
     static constexpr int kBits = 8 * sizeof(ScaleWord<kFormat>);
-    using Two = std::conditional_t<kBits == 8, uint16_t, uint32_t>;
-    uint32_t codes[2][2];  // of rows lane / 4 and lane / 4 + 8, of both blocks
-    uint32_t scales[2];    // of the rows: two neighbours'
+    static constexpr int kScaleWords = Layout::kScales / 4;
+    uint32_t codes[2][2];             // of both blocks, of rows lane / 4 and lane / 4 + 8
+    uint32_t scales[2][kScaleWords];  // of these rows, of the chunk's blocks
 
-    __device__ __forceinline__ void load(const char* chunk, int step) {
+    __device__ __forceinline__ void load_scales(const char* chunk) {
         const int lane = threadIdx.x & 31;
-        const char* from = chunk + (lane >> 2) * Layout::kStride + (lane & 3) * 4 + step * 32;
-        const char* of_scales =
-            chunk + Layout::kScalesAt + (lane >> 2) * Layout::kScales + step * sizeof(Two);
+        const char* from = chunk + Layout::kScalesAt + (lane >> 2) * Layout::kScales;
+        using Row = std::conditional_t<kScaleWords == 2, uint2, uint4>;
+        static_assert(sizeof(Row) == Layout::kScales);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            scales[i] = *reinterpret_cast<const Two*>(of_scales + 8 * i * Layout::kScales);
-#pragma unroll
-            for (int b = 0; b < 2; ++b) {
-                const char* at = from + 8 * i * Layout::kStride + 16 * b;
-                codes[i][b] = *reinterpret_cast<const uint32_t*>(at);
-            }
+            const Row row = *reinterpret_cast<const Row*>(from + 8 * i * Layout::kScales);
+            memcpy(scales[i], &row, sizeof row);
         }
     }
 
+    // A block's 16 bytes are a word for each lane of a quad, as matrix loads give them.
+    __device__ __forceinline__ void load(const char* chunk, int step) {
+        const int lane = threadIdx.x & 31;
+        const uint32_t at =
+            shared_address(chunk) + (lane & 15) * Layout::kStride + (lane >> 4) * 16 + step * 32;
+        ldmatrix_x4(codes[0][0], codes[0][1], codes[1][0], codes[1][1], at);
+    }
+
     // The M side of four k16 steps.
-    __device__ __forceinline__ void decode(const WeightView& view, uint32_t (&w)[4][4]) const {
+    __device__ __forceinline__ void decode(const WeightView& view, int step, uint32_t (&w)[4][4])
+        const {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
 #pragma unroll
             for (int b = 0; b < 2; ++b) {
                 uint32_t pair[4];
                 if constexpr (kFormat == WeightFormat::kInt4) {
-                    SmallScales(scales[i]).decode(codes[i][b], b, pair);
+                    SmallScales<true>(scales[i][step]).decode(codes[b][i], b, pair);
                 } else {
+                    const int bit = (2 * step + b) * kBits;
                     const uint32_t scale =
-                        b == 0 ? scales[i] & ((1u << kBits) - 1) : scales[i] >> kBits;
-                    decode_word<kFormat>(view, codes[i][b], scale, pair);
+                        (scales[i][bit / 32] >> (bit % 32)) & ((1u << kBits) - 1);
+                    decode_word<kFormat>(view, codes[b][i], scale, pair);
                 }
                 place_pairs(pair, i, b, w);
             }
@@ -211,7 +238,9 @@ struct OneRowWords<WeightFormat::kBF16> {
         }
     }
 
-    __device__ __forceinline__ void decode(const WeightView&, uint32_t (&w)[4][4]) const {
+    __device__ __forceinline__ void load_scales(const char*) {}
+
+    __device__ __forceinline__ void decode(const WeightView&, int, uint32_t (&w)[4][4]) const {
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
             w[i / 4][i % 4] = fragments[i / 4][i % 4];
@@ -249,8 +278,9 @@ __device__ __forceinline__ void multiply_one_row(
     using Layout = OneRowLayout<kFormat>;
 #pragma unroll 1
     for (int32_t c = 0; c < chunks; ++c) {
-        const char* chunk = stream.next();
+        const char* chunk = stream.next_chunk();
         OneRowWords<kFormat> words;
+        words.load_scales(chunk);
         words.load(chunk, 0);
 #pragma unroll
         for (int step = 0; step < Layout::kSteps; ++step) {
@@ -260,7 +290,7 @@ __device__ __forceinline__ void multiply_one_row(
                 stream.refill();  // while these loads are under way
             }
             uint32_t w[4][4];
-            words.decode(view, w);
+            words.decode(view, step, w);
             if (step + 1 < Layout::kSteps) {
                 words.load(chunk, step + 1);
             }
@@ -579,7 +609,11 @@ void launch_one_row_stages(cudaStream_t queue, const MatmulGroup& group, int64_t
         shared = std::max(shared, even_share_bytes(blocks));
     }
     allow_shared_memory(kernel, shared);
-    launch_early(kernel, dim3(grid_dim(blocks)), kOneRowWarps * 32, shared, queue, group);
+    MatmulGroup all = group;
+    if constexpr (kFormat == WeightFormat::kInt4) {
+        undo_shrinking(all);
+    }
+    launch_early(kernel, dim3(grid_dim(blocks)), kOneRowWarps * 32, shared, queue, all);
 }
 
 // Whether two products can be one of a MatmulGroup with `swiglu`.

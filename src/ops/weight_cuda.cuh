@@ -357,11 +357,17 @@ __device__ __forceinline__ void decode_word(
     }
 }
 
-// decode_word() of INT4 in 11 instead of 15 instructions, for scales below kSmallScale, of two
+// decode_word() of INT4 in 11 instead of 15 instructions, where has_small_scales(), of two
 // neighbouring blocks side by side in `two`. A code in the low bits of a bf16 is a subnormal
 // number, so that one multiply-add with a scale as much larger, and with -8 scales, gives the
 // code's value rounded once. Larger scales would pass bf16's range. A value of 0 is +0 where
 // decode_word() may give -0, which no product can tell apart.
+//
+// kShrunk: values are 2^-6 as large, which takes a multiplication less. Whoever multiplies with
+// them has sums 2^-6 as large, to the bit, and makes up for it in the end (kShrunkBack).
+constexpr float kShrunkBack = 64.0f;
+
+template <bool kShrunk = false>
 struct SmallScales {
     __nv_bfloat162 low;     // 2^133 scale: for codes in bits 0-3
     __nv_bfloat162 high;    // 2^129 scale: for codes in bits 4-7
@@ -370,9 +376,15 @@ struct SmallScales {
     explicit __device__ __forceinline__ SmallScales(uint32_t two) {
         __nv_bfloat162 scales;
         memcpy(&scales, &two, 4);
-        high = __hmul2_rn(__hmul2_rn(scales, both_halves(0x7f00u)), both_halves(0x4080u));
-        low = __hmul2_rn(high, both_halves(0x4180u));
-        offset = __hmul2_rn(scales, both_halves(0xc100u));
+        if constexpr (kShrunk) {
+            low = __hmul2_rn(scales, both_halves(0x7f00u));     // 2^127
+            high = __hmul2_rn(scales, both_halves(0x7d00u));    // 2^123
+            offset = __hmul2_rn(scales, both_halves(0xbe00u));  // -2^-3
+        } else {
+            high = __hmul2_rn(__hmul2_rn(scales, both_halves(0x7f00u)), both_halves(0x4080u));
+            low = __hmul2_rn(high, both_halves(0x4180u));
+            offset = __hmul2_rn(scales, both_halves(0xc100u));
+        }
     }
 
     // A word of block 0 or 1.

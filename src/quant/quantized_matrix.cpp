@@ -236,13 +236,17 @@ void decode_bf16(const QuantizedMatrix& w, int64_t row, int64_t begin, int64_t c
 bool has_small_scales(const QuantizedMatrix& w) {
     CHECK(w.format == WeightFormat::kInt4);
     const auto* bytes = reinterpret_cast<const std::byte*>(w.scales);
-    uint16_t largest = 0;
+    const int least = to_bf16(kTinyScale).bits;
+    const int limit = to_bf16(kSmallScale).bits;
     for (int64_t at = 0; at < w.scale_bytes(); at += 2) {
         uint16_t bits = 0;
         std::memcpy(&bits, bytes + at, sizeof bits);
-        largest = std::max(largest, static_cast<uint16_t>(bits & 0x7fff));
+        const int magnitude = bits & 0x7fff;
+        if (magnitude >= limit || (magnitude != 0 && magnitude < least)) {
+            return false;
+        }
     }
-    return largest < to_bf16(kSmallScale).bits;
+    return true;
 }
 
 void encode_int4(

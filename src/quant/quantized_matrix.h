@@ -41,7 +41,9 @@ enum class WeightFormat : uint8_t {
 constexpr int64_t kFp8Block = 128;  // rows and columns of one FP8 scale
 constexpr int64_t kMxFp4Group = 32;
 constexpr int64_t kNvFp4Group = 16;
-constexpr float kSmallScale = 0.03125f;  // 2^-5: allows quicker decoding (ops/weight_cuda.cuh)
+// Scales that allow quicker decoding (ops/weight_cuda.cuh): below 2^-5, and 0 or at least 2^-100.
+constexpr float kSmallScale = 0x1p-5f;
+constexpr float kTinyScale = 0x1p-100f;
 
 const char* format_name(WeightFormat format);
 int64_t row_bytes(WeightFormat format, int64_t cols);  // bytes of `data` in one row
@@ -53,7 +55,7 @@ struct QuantizedMatrix {
     int32_t group_size = 32;  // kInt4
     const void* data = nullptr;
     const bf16* scales = nullptr;  // kInt4: [rows, cols / group_size]
-    bool small_scales = false;     // kInt4 on a GPU, no stack: all are less than kSmallScale
+    bool small_scales = false;     // kInt4 on a GPU, no stack: has_small_scales()
 
     const void* block_scales = nullptr;  // kFp8, kMxFp4, kNvFp4
     float global_scale = 1;              // kNvFp4
@@ -73,7 +75,7 @@ void decode_bf16(const QuantizedMatrix& w, int64_t row, int64_t begin, int64_t c
 void decode_f32(const QuantizedMatrix& w, int64_t row, int64_t begin, int64_t count, float* out);
 
 // Whether all of an INT4 matrix's scales, in host memory at any address, are less than kSmallScale
-// in magnitude.
+// in magnitude, and none but 0 is less than kTinyScale.
 bool has_small_scales(const QuantizedMatrix& w);
 
 // Packs one float32 row into INT4 groups: s = bf16(max|w| / 7), q = clamp(round(w / s), -7, 7); 0
