@@ -355,6 +355,20 @@ MatmulArgs product_of(
     return a;
 }
 
+// MatmulGroup::spreads, as measured. Up to 64 rows a product beside them that is not cut in
+// segments has a block on nearly every multiprocessor, and would wait for more than a few others.
+bool spreads(const MatmulGroup& narrow, const MatmulGroup& beside) {
+    const auto segments = [](const MatmulArgs& a) { return num_segments(a.k, a.segment); };
+    const int32_t rows = beside.args[0].m;
+    const int32_t count = segments(narrow.args[0]);
+    const bool leaves_room =
+        count == 1 || rows > kNarrowMaxRows || segments(beside.args[0]) == kSegments;
+    return has_wgmma() && rows > 1 && leaves_room &&
+           std::all_of(narrow.args, narrow.args + narrow.count, [&](const MatmulArgs& a) {
+               return segments(a) == count && a.epilogue.columns <= SpreadTile::kN;
+           });
+}
+
 // LoRA's narrow products, and those that are launched next: of few rows they need not wait for the
 // narrow ones, only for the x of both.
 void run_beside(Stream& stream, MatmulGroup& narrow, WeightFormat format, MatmulGroup& beside) {
@@ -367,6 +381,7 @@ void run_beside(Stream& stream, MatmulGroup& narrow, WeightFormat format, Matmul
         (asks_for_x(narrow, beside) || (has_wgmma() && fit_one_row<WeightFormat::kInt4>(beside) &&
                                         fit_one_row<WeightFormat::kBF16>(narrow)));
     uint32_t* flag = asks ? stream.take_flag() : nullptr;
+    narrow.spreads = spreads(narrow, beside);
     for (int32_t i = 0; i < narrow.count; ++i) {
         narrow.args[i].releases_late = !asks;
         narrow.args[i].x_flag = flag;

@@ -53,8 +53,8 @@ struct MatmulArgs {
     Epilogue epilogue;
 };
 
-constexpr int32_t kNarrowMaxRows = 64;   // of x, in the members for few rows
-constexpr int32_t kBesideMaxRows = 511;  // of LoRA's products side by side
+constexpr int32_t kNarrowMaxRows = 64;    // of x, in the members for few rows
+constexpr int32_t kBesideMaxRows = 1023;  // of LoRA's products side by side
 
 // Products of one launch (q, k and v; gate and up; parts of one contraction), of one format and m.
 constexpr int kMaxGroup = 8;
@@ -69,6 +69,8 @@ struct MatmulGroup {
     // What is stored there is rotated by these blocks of kFusedRotation channels, where
     // rotates_swiglu(). Null: it is not.
     const bf16* swiglu_d = nullptr;
+    // LoRA's narrow products: there are multiprocessors for a block of every 32 rows and segment.
+    bool spreads = false;
     bool squares_left = false;  // set by the launch: Epilogue::squares are there
 };
 

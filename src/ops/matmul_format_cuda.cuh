@@ -148,6 +148,16 @@ inline bool fits_row_tiles(const MatmulGroup& group) {
                                    : columns <= 128 && rows <= kNarrowMaxRows;
 }
 
+// MatmulGroup::spreads: products of as many segments each.
+inline void launch_spread(cudaStream_t queue, MatmulGroup& group) {
+    const MatmulArgs& a = group.args[0];
+    if (num_segments(a.k, a.segment) == 1) {
+        launch_tile<SpreadTile, WeightFormat::kBF16, false, false>(queue, group);
+    } else {
+        launch_tile_spread<SpreadTile>(queue, group);
+    }
+}
+
 // Up to 64 rows on Hopper; false where no kernel for them takes the products.
 template <WeightFormat kFormat, int kTokens>
 bool launch_best_narrow(cudaStream_t queue, MatmulGroup& group) {
@@ -191,7 +201,7 @@ template <WeightFormat kFormat>
 bool launch_narrow_16(cudaStream_t queue, MatmulGroup& group) {
     int32_t least = kFormat == WeightFormat::kBF16 ? 4 : 9;
     if constexpr (kFormat == WeightFormat::kInt4) {
-        least = fits_narrow_int4(group) ? narrow_int4_min_rows(group) : least;
+        least = fits_narrow_int4(group) ? kNarrowInt4MinRows : least;
     }
     return group.args[0].m >= least && widest(group) > 128 && has_wgmma() &&
            launch_few_rows<kFormat>(queue, group);
@@ -261,6 +271,11 @@ void matmul_format(cudaStream_t queue, Direction direction, MatmulGroup& group) 
         segmented = segmented || a.segment < a.k;
     }
     const bool forward = direction == Direction::kForward;
+    if constexpr (kFormat == WeightFormat::kBF16) {
+        if (group.spreads && aligned) {
+            return launch_spread(queue, group);
+        }
+    }
     if (forward && launch_one_row<kFormat>(queue, group)) {
         return;
     }

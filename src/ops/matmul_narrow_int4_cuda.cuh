@@ -376,17 +376,13 @@ inline bool fits_narrow_int4(const MatmulGroup& group) {
     return fits;
 }
 
-// Rows from which it is quicker than member D, as measured. LoRA's narrow product beside it takes
-// longer then.
-inline int32_t narrow_int4_min_rows(const MatmulGroup& group) {
-    return group.args[0].epilogue.lora_u != nullptr ? 4 : 2;
-}
+constexpr int32_t kNarrowInt4MinRows = 2;  // from which it is quicker than member D, as measured
 
 // Whether two products can be one of a MatmulGroup with `swiglu`.
 inline bool fits_narrow_int4_swiglu(const MatmulGroup& group) {
     const MatmulArgs& gate = group.args[0];
     const MatmulArgs& up = group.args[1];
-    return group.count == 2 && gate.m >= narrow_int4_min_rows(group) && gate.m <= kNarrowMaxRows &&
+    return group.count == 2 && gate.m >= kNarrowInt4MinRows && gate.m <= kNarrowMaxRows &&
            gate.n > 128 && gate.n % 8 == 0 && gate.n == up.n && gate.k == up.k &&
            gate.segment >= gate.k && (gate.x == up.x || gate.epilogue.lora_u == nullptr) &&
            has_wgmma() && fits_narrow_int4(group);
@@ -410,7 +406,7 @@ inline int64_t number_int4_blocks(MatmulGroup& group, int groups, int segments) 
 // x.
 inline bool asks_for_x(const MatmulGroup& narrow, const MatmulGroup& beside) {
     const int32_t rows = beside.args[0].m;
-    bool asks = rows >= narrow_int4_min_rows(beside) && rows <= kNarrowMaxRows && has_wgmma() &&
+    bool asks = rows >= kNarrowInt4MinRows && rows <= kNarrowMaxRows && has_wgmma() &&
                 fits_narrow_int4(beside);
     for (int32_t i = 0; i < beside.count; ++i) {
         asks = asks && beside.args[i].epilogue.columns > 128;

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "device/cuda/check.cuh"
+#include "device/cuda/tma.cuh"
 #include "ops/matmul_cuda.cuh"
 
 namespace orbit::cuda {
@@ -561,9 +562,16 @@ __device__ __forceinline__ void add_fragments(
 }
 
 // The output tile at (m0, n0); the whole block works on it.
-// kTeams > 1: as many teams as the contraction has segments, each takes one. Else one team walks
-// through all of it, and with kSegmented adds up segment by segment.
-template <typename Shape, WeightFormat kFormat, bool kBackward, bool kSegmented, int kTeams>
+// kTeams > 1: as many teams as the contraction has segments, each takes one; with kSpread they are
+// the blocks of a cluster, for products without LoRA. Else one team walks through all of it, and
+// with kSegmented adds up segment by segment.
+template <
+    typename Shape,
+    WeightFormat kFormat,
+    bool kBackward,
+    bool kSegmented,
+    int kTeams,
+    bool kSpread = false>
 __device__ __forceinline__ void multiply_through_tile(
     const MatmulArgs& a, int32_t m0, int32_t n0, char* shared
 ) {
@@ -571,15 +579,18 @@ __device__ __forceinline__ void multiply_through_tile(
     static_assert(Shape::kOutputBytes * 2 <= Shape::kSharedBytes || kTeams == 1);
     static_assert(Shape::kOutputBytes <= Shape::kSharedBytes);
     static_assert(!kBackward || Shape::kBytesW >= kColumnBlockBytes);
-    const int team = kTeams == 1 ? 0 : static_cast<int>(threadIdx.x) / Shape::kThreads;
+    constexpr bool kAlone = kTeams == 1 || kSpread;  // in its block
+    const int team = kSpread  ? static_cast<int>(block_in_cluster())
+                     : kAlone ? 0
+                              : static_cast<int>(threadIdx.x) / Shape::kThreads;
     const int32_t k_begin = kTeams == 1 ? 0 : team * a.segment;
     const int32_t length = kTeams == 1 ? a.k : min(a.segment, a.k - k_begin);
     const int32_t steps = (length + kTileK - 1) / kTileK;
     const int32_t segment_steps = a.segment / kTileK;
-    char* ring = shared + team * Shape::kSharedBytes;
+    char* ring = shared + (kAlone ? 0 : team * Shape::kSharedBytes);
     const uint32_t base = shared_address(ring);
     const auto team_sync = [&] {
-        if constexpr (kTeams == 1) {
+        if constexpr (kAlone) {
             __syncthreads();
         } else {
             barrier_sync(1 + team, Shape::kThreads);
@@ -609,8 +620,9 @@ __device__ __forceinline__ void multiply_through_tile(
             }
         }
     };
+    constexpr int kUnrolled = Shape::kStages > 8 ? 1 : Shape::kStages;
     // The weights are constant: their loads need not wait.
-#pragma unroll
+#pragma unroll kUnrolled
     for (int s = 0; s < Shape::kStages - 1; ++s) {
         load_w(s);
     }
@@ -626,7 +638,7 @@ __device__ __forceinline__ void multiply_through_tile(
     if (a.x_flag != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
         set_flag(a.x_flag);
     }
-#pragma unroll
+#pragma unroll kUnrolled
     for (int s = 0; s < Shape::kStages - 1; ++s) {
         load_x(s);
         copy_async_commit();  // The first of these groups holds the weights' loads too.
@@ -678,6 +690,17 @@ __device__ __forceinline__ void multiply_through_tile(
     } else {
         stage_output<Shape, kBackward>(a, acc, has_lora && kTeams == 1, out, m0, n0);
     }
+    if constexpr (kSpread) {
+        cluster_sync();
+        if (team == 0) {
+            store_output<Shape>(
+                a, [&](int t) { return in_block_of_cluster(out, t); }, kTeams, nullptr, m0, n0
+            );
+        }
+        cluster_arrive();  // The first block has used the others' tiles.
+        cluster_wait();
+        return;
+    }
     auto* lora = reinterpret_cast<float*>(shared + Shape::kOutputBytes);
     const bool lora_apart = kTeams > 1 && has_lora;
     if constexpr (kTeams > 1) {
@@ -692,16 +715,24 @@ __device__ __forceinline__ void multiply_through_tile(
     store_output<Shape>(a, tile_of, kTeams, lora_apart ? lora : nullptr, m0, n0);
 }
 
-template <typename Shape, WeightFormat kFormat, bool kBackward, bool kSegmented, int kTeams>
-__global__ void __launch_bounds__(Shape::kThreads* kTeams)
+template <
+    typename Shape,
+    WeightFormat kFormat,
+    bool kBackward,
+    bool kSegmented,
+    int kTeams,
+    bool kSpread>
+__global__ void __launch_bounds__(Shape::kThreads*(kSpread ? 1 : kTeams))
     matmul_tile_kernel(const __grid_constant__ MatmulGroup group) {
     extern __shared__ __align__(1024) char shared[];
     int32_t block = 0;
     int32_t m0 = 0;
     int32_t n0 = 0;
     const MatmulArgs& a = product_of_block(group, block);
-    tile_corner<Shape>(a, block, m0, n0);
-    multiply_through_tile<Shape, kFormat, kBackward, kSegmented, kTeams>(a, m0, n0, shared);
+    tile_corner<Shape>(a, kSpread ? block / kTeams : block, m0, n0);
+    multiply_through_tile<Shape, kFormat, kBackward, kSegmented, kTeams, kSpread>(
+        a, m0, n0, shared
+    );
 }
 
 // Numbers the blocks of a group's products; returns how many there are.
@@ -719,11 +750,30 @@ inline int64_t number_blocks(MatmulGroup& group, int64_t tile_m, int64_t tile_n)
 
 template <typename Shape, WeightFormat kFormat, bool kBackward, bool kSegmented, int kTeams = 1>
 void launch_tile(cudaStream_t queue, MatmulGroup& group) {
-    const auto kernel = matmul_tile_kernel<Shape, kFormat, kBackward, kSegmented, kTeams>;
+    const auto kernel = matmul_tile_kernel<Shape, kFormat, kBackward, kSegmented, kTeams, false>;
     constexpr size_t kShared = size_t{Shape::kSharedBytes} * kTeams;
     allow_shared_memory(kernel, kShared);
     const dim3 grid(grid_dim(number_blocks(group, Shape::kM, Shape::kN)));
     launch_early(kernel, grid, Shape::kThreads * kTeams, kShared, queue, group);
+}
+
+// A block for each of kSegments segments, of bf16 weights.
+template <typename Shape>
+void launch_tile_spread(cudaStream_t queue, MatmulGroup& group) {
+    const auto kernel =
+        matmul_tile_kernel<Shape, WeightFormat::kBF16, false, false, kSegments, true>;
+    allow_shared_memory(kernel, Shape::kSharedBytes);
+    const int64_t tiles = number_blocks(group, Shape::kM, Shape::kN);
+    for (int32_t i = 0; i < group.count; ++i) {
+        const MatmulArgs& a = group.args[i];
+        CHECK_EQ(num_segments(a.k, a.segment), kSegments);
+        CHECK(a.epilogue.lora_u == nullptr);
+        group.first_block[i + 1] *= kSegments;
+    }
+    const dim3 grid(grid_dim(tiles * kSegments));
+    launch_clusters_early(
+        kSegments, kernel, grid, Shape::kThreads, Shape::kSharedBytes, queue, group
+    );
 }
 
 using WideTile = TileShape<128, 128, 2, 4, 4>;
@@ -733,5 +783,7 @@ using TinyTile = TileShape<64, 16, 4, 1, 4>;
 using TinyBackwardTile = TileShape<64, 16, 4, 1, 4, 64>;
 using NarrowBackwardTile = TileShape<64, 32, 2, 2, 4, 64>;
 using BroadTile = TileShape<64, 128, 2, 4, 4>;
+// Of LoRA's low-rank side, by blocks that each read little: a deep ring hides the latency.
+using SpreadTile = TileShape<32, 16, 2, 1, 16>;
 
 }  // namespace orbit::cuda
