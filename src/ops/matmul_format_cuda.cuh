@@ -149,12 +149,13 @@ inline bool fits_row_tiles(const MatmulGroup& group) {
 }
 
 // MatmulGroup::spreads: products of as many segments each.
-inline void launch_spread(cudaStream_t queue, MatmulGroup& group) {
+template <WeightFormat kFormat>
+void launch_spread(cudaStream_t queue, MatmulGroup& group) {
     const MatmulArgs& a = group.args[0];
     if (num_segments(a.k, a.segment) == 1) {
-        launch_tile<SpreadTile, WeightFormat::kBF16, false, false>(queue, group);
+        launch_tile<SpreadTile, kFormat, false, false>(queue, group);
     } else {
-        launch_tile_spread<SpreadTile>(queue, group);
+        launch_tile_spread<SpreadTile, kFormat>(queue, group);
     }
 }
 
@@ -180,7 +181,8 @@ bool launch_few_rows(cudaStream_t queue, MatmulGroup& group) {
 // for each, but the tiles for many rows are far from what memory or the matrix unit allow.
 constexpr int32_t kSlicedMaxRows = 512;
 
-inline bool launch_slices(cudaStream_t queue, const MatmulGroup& group) {
+template <WeightFormat kFormat>
+bool launch_slices(cudaStream_t queue, const MatmulGroup& group) {
     const int32_t rows = group.args[0].m;
     if (rows > kSlicedMaxRows || widest(group) <= 128 || !has_wgmma() || !fits_narrow_int4(group)) {
         return false;
@@ -191,7 +193,7 @@ inline bool launch_slices(cudaStream_t queue, const MatmulGroup& group) {
             const int32_t count = std::min(kNarrowMaxRows, rows - first);
             slice.args[i] = rows_of_product(group.args[i], first, count);
         }
-        CHECK(launch_few_rows<WeightFormat::kInt4>(queue, slice));
+        CHECK(launch_few_rows<kFormat>(queue, slice));
     }
     return true;
 }
@@ -225,7 +227,7 @@ void launch_best_tile(cudaStream_t queue, MatmulGroup& group) {
         }
     }
     if constexpr (kFormat == WeightFormat::kInt4 && !kBackward) {
-        if (group.args[0].m > kNarrowMaxRows && launch_slices(queue, group)) {
+        if (group.args[0].m > kNarrowMaxRows && launch_slices<kFormat>(queue, group)) {
             return;
         }
     }
@@ -273,7 +275,7 @@ void matmul_format(cudaStream_t queue, Direction direction, MatmulGroup& group) 
     const bool forward = direction == Direction::kForward;
     if constexpr (kFormat == WeightFormat::kBF16) {
         if (group.spreads && aligned) {
-            return launch_spread(queue, group);
+            return launch_spread<kFormat>(queue, group);
         }
     }
     if (forward && launch_one_row<kFormat>(queue, group)) {

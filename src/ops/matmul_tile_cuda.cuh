@@ -757,11 +757,10 @@ void launch_tile(cudaStream_t queue, MatmulGroup& group) {
     launch_early(kernel, grid, Shape::kThreads * kTeams, kShared, queue, group);
 }
 
-// A block for each of kSegments segments, of bf16 weights.
-template <typename Shape>
+// A block for each of kSegments segments.
+template <typename Shape, WeightFormat kFormat>
 void launch_tile_spread(cudaStream_t queue, MatmulGroup& group) {
-    const auto kernel =
-        matmul_tile_kernel<Shape, WeightFormat::kBF16, false, false, kSegments, true>;
+    const auto kernel = matmul_tile_kernel<Shape, kFormat, false, false, kSegments, true>;
     allow_shared_memory(kernel, Shape::kSharedBytes);
     const int64_t tiles = number_blocks(group, Shape::kM, Shape::kN);
     for (int32_t i = 0; i < group.count; ++i) {
