@@ -140,7 +140,8 @@ void launch_small_tile(cudaStream_t queue, MatmulGroup& group) {
 }
 
 // Weights of few rows, whose product is quickest over many small blocks: routers, and LoRA's narrow
-// side unless a wide product runs beside it and needs the multiprocessors.
+// side where it is not MatmulGroup::spreads and no wide product beside it needs the
+// multiprocessors.
 inline bool fits_row_tiles(const MatmulGroup& group) {
     const int32_t rows = group.args[0].m;
     const int32_t columns = widest(group);

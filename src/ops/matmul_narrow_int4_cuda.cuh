@@ -1,8 +1,7 @@
 // Member N for INT4 in SmallScales and segments of whole stages: x, codes and scales all come by
 // tensor copies that a warp of its own issues, so that the warps that multiply do little else than
-// decode. Measured times are as if each instruction that any warp issues cost the matrix unit a
-// cycle while it takes its operands from registers (docs/PERFORMANCE.md): a step of 64 columns
-// takes 128 cycles and as many as it has instructions.
+// decode. With twice as many instructions a step of 64 columns took as long as if each cost the
+// matrix unit a cycle; now it has 66, and fewer change nothing at 64 rows (docs/PERFORMANCE.md).
 //
 // With MatmulGroup::swiglu a warp group has 32 rows of gate and the same 32 of up: its first two
 // warps' are gate's, and a stage's codes and scales are all of gate's rows, then all of up's. Where
@@ -402,8 +401,8 @@ inline int64_t number_int4_blocks(MatmulGroup& group, int groups, int segments) 
 }
 
 // Whether `beside`, INT4 products that run beside LoRA's narrow ones, may start before x is there
-// (MatmulArgs::x_flag): member D, and that which launch_small_tile() takes for `narrow`, announce
-// x.
+// (MatmulArgs::x_flag): member D, and those which launch_small_tile() and launch_spread() take for
+// `narrow`, announce x.
 inline bool asks_for_x(const MatmulGroup& narrow, const MatmulGroup& beside) {
     const int32_t rows = beside.args[0].m;
     bool asks = rows >= kNarrowInt4MinRows && rows <= kNarrowMaxRows && has_wgmma() &&
