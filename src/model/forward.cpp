@@ -153,10 +153,22 @@ std::vector<Tensor> Pass::linears(Tensor x, std::initializer_list<const LinearWe
         outputs.push_back(scratch_like(*this, x.rows(), w->w.rows));
     }
     linear_group(stream, params, outputs);
-    size_t i = 0;
-    for (const LinearWeights* w : weights) {
-        record_linear(params[i], w->site, outputs[i]);
-        ++i;
+    if (tape != nullptr) {
+        std::vector<int32_t> sites;
+        for (const LinearWeights* w : weights) {
+            sites.push_back(w->site);
+        }
+        tape->record([this, params, outputs, sites](Tape& t) {
+            std::vector<Tensor> dy;
+            std::vector<AdapterGrad> grads;
+            for (size_t i = 0; i < params.size(); ++i) {
+                dy.push_back(t.of_output(outputs[i]));
+                const bool adapted = params[i].adapter.kind != AdapterKind::kNone;
+                grads.push_back(adapted ? adapter->gradient(sites[i]) : AdapterGrad{});
+            }
+            const auto dx = t.of_input(params[0].x);
+            linear_group_backward(stream, params, dy, dx.grad, dx.accumulate, grads);
+        });
     }
     return outputs;
 }

@@ -49,13 +49,13 @@ SwigluResult linear_swiglu(
     std::span<const Tensor> y,
     const Tensor& oft_d
 );
-void linear_backward(
+void linear_group_backward(
     Stream& stream,
-    const LinearParams& p,
-    Tensor dy,
+    std::span<const LinearParams> params,
+    std::span<const Tensor> dy,
     Tensor dx,
     bool accumulate_dx,
-    const AdapterGrad& grad
+    std::span<const AdapterGrad> grads
 );
 void linear_f32_out(Stream& stream, Tensor h, const QuantizedMatrix& w, Tensor logits);
 void linear_f32_out_backward(Stream& stream, Tensor dlogits, const QuantizedMatrix& w, Tensor dh);

@@ -92,7 +92,7 @@ linear_swiglu(Stream&, std::span<const LinearParams>, std::span<const Tensor>, c
     no_cuda();
 }
 
-void linear_backward(Stream&, const LinearParams&, Tensor, Tensor, bool, const AdapterGrad&) {
+void linear_group_backward(Stream&, std::span<const LinearParams>, std::span<const Tensor>, Tensor, bool, std::span<const AdapterGrad>) {
     no_cuda();
 }
 

@@ -91,6 +91,17 @@ void linear_backward(
     const AdapterGrad& grad
 );
 
+// linear_backward() of several layers on one x (q, k and v; gate and up): dx (+)= their sum, which
+// a GPU may round once instead of for each of them.
+void linear_group_backward(
+    Stream& stream,
+    std::span<const LinearParams> params,
+    std::span<const Tensor> dy,
+    Tensor dx,
+    bool accumulate_dx,
+    std::span<const AdapterGrad> grads
+);
+
 // logits[i, v] = h[i] . W[v] in fp32, not rounded, in the same order as linear: rows [0, N) of h,
 // all of W. Used by the head in chunks; logits: float32 [N, V].
 void linear_f32_out(Stream& stream, Tensor h, const QuantizedMatrix& w, Tensor logits);

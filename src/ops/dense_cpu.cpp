@@ -319,7 +319,9 @@ void linear_backward(
     const AdapterGrad& grad
 ) {
     if (!stream.is_cpu()) {
-        return cuda::linear_backward(stream, p, dy, dx, accumulate_dx, grad);
+        return cuda::linear_group_backward(
+            stream, {&p, 1}, {&dy, 1}, dx, accumulate_dx, {&grad, 1}
+        );
     }
     check_linear(p, dy);
     switch (p.adapter.kind) {
@@ -332,6 +334,27 @@ void linear_backward(
             return backward_lora(stream, p, dy, dx, accumulate_dx, grad);
         case AdapterKind::kOft:
             return backward_oft(stream, p, dy, dx, accumulate_dx, grad);
+    }
+}
+
+void linear_group_backward(
+    Stream& stream,
+    std::span<const LinearParams> params,
+    std::span<const Tensor> dy,
+    Tensor dx,
+    bool accumulate_dx,
+    std::span<const AdapterGrad> grads
+) {
+    CHECK(params.size() == dy.size() && params.size() == grads.size());
+    for (const LinearParams& p : params) {
+        CHECK(p.x.data == params[0].x.data);
+    }
+    if (!stream.is_cpu()) {
+        return cuda::linear_group_backward(stream, params, dy, dx, accumulate_dx, grads);
+    }
+    for (size_t i = params.size(); i-- > 0;) {  // the last one first, as a tape has them
+        linear_backward(stream, params[i], dy[i], dx, accumulate_dx, grads[i]);
+        accumulate_dx = true;
     }
 }
 

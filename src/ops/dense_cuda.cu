@@ -156,55 +156,133 @@ void check_supported(WeightFormat format) {
     );
 }
 
-void lora_backward(
+// LoraOutputGradient for rows that are not 16-byte aligned.
+void output_gradient_alone(
     Stream& stream,
     const LinearParams& p,
     const Tensor& dy,
-    const Tensor& dx,
-    bool accumulate_dx,
-    const AdapterGrad& grad
+    const Tensor& du,
+    const LoraOutputGradient& a
 ) {
-    const Tensor& lora_a = p.adapter.lora_a;
-    const Tensor& lora_b = p.adapter.lora_b;
-    const int64_t rank = lora_a.shape[0];
-    const Tensor du = stream.scratch.take(DType::kBF16, {dy.rows(), padded_rank(rank)});
-    MatmulArgs to_rank = backward_args(dy, as_weight(lora_b), du);
-    to_rank.epilogue.scale = p.adapter.lora_scale;
+    MatmulArgs to_rank = backward_args(dy, as_weight(p.adapter.lora_b), du);
+    to_rank.epilogue.scale = a.scale;
     matmul(queue_of(stream), WeightFormat::kBF16, Direction::kBackward, to_rank);
-
-    if (dx.defined()) {
-        MatmulArgs a = backward_args(dy, p.w, dx);
-        a.epilogue.lora_u = activations(du);
-        a.epilogue.lora_b = activations(lora_a);
-        a.epilogue.ldu = static_cast<int32_t>(du.cols());
-        a.epilogue.rank = static_cast<int32_t>(rank);
-        a.epilogue.ldb = static_cast<int32_t>(lora_a.shape[1]);
-        a.epilogue.lora_scale = 1.0f;
-        a.epilogue.residual = accumulate_dx ? activations(dx) : nullptr;
-        multiply(stream, p.w.format, Direction::kBackward, a);
+    if (a.grad_b == nullptr) {
+        return;
     }
-    LowRankGradient g;
+    LowRankGradient g;  // dB[o, j] = s sum_t dy[t, o] u[t, j]
+    g.wide = a.dy;
+    g.narrow = a.u;
     g.rows = static_cast<int32_t>(dy.rows());
-    g.rank = static_cast<int32_t>(rank);
-    g.narrow_ld = static_cast<int32_t>(du.cols());
-    if (grad.lora_a != nullptr) {  // dA[j, i] = sum_t du[t, j] x[t, i]
+    g.width = a.width;
+    g.rank = a.rank;
+    g.narrow_ld = a.ld;
+    g.stride_wide = a.rank;
+    g.stride_narrow = 1;
+    g.scale = a.scale;
+    g.grad = a.grad_b;
+    low_rank_gradients(stream, {&g, 1});
+}
+
+// LoRA's du = round(scale dy B) of each layer, and its dB.
+void output_gradients(
+    Stream& stream,
+    std::span<const LinearParams> params,
+    std::span<const Tensor> dy,
+    std::span<const AdapterGrad> grads,
+    Tensor (&du)[kMaxGroup]
+) {
+    std::vector<LoraOutputGradient> together;
+    for (size_t i = 0; i < params.size(); ++i) {
+        const LinearParams& p = params[i];
+        if (p.adapter.kind != AdapterKind::kLora) {
+            continue;
+        }
+        const int64_t rank = p.adapter.lora_a.shape[0];
+        du[i] = stream.scratch.take(DType::kBF16, {dy[i].rows(), padded_rank(rank)});
+        LoraOutputGradient g;
+        g.dy = activations(dy[i]);
+        g.b = activations(p.adapter.lora_b);
+        g.du = activations(du[i]);
+        g.grad_b = grads[i].lora_b;
+        g.u = g.grad_b == nullptr ? nullptr : activations(shrunk(stream, p));
+        g.width = static_cast<int32_t>(dy[i].cols());
+        g.rank = static_cast<int32_t>(rank);
+        g.ld = static_cast<int32_t>(du[i].cols());
+        g.scale = p.adapter.lora_scale;
+        if (fits_output_gradient(g)) {
+            together.push_back(g);
+        } else {
+            output_gradient_alone(stream, p, dy[i], du[i], g);
+        }
+    }
+    if (!together.empty()) {
+        lora_output_gradients(stream, together, static_cast<int32_t>(dy[0].rows()));
+    }
+}
+
+// dA[j, i] = sum_t du[t, j] x[t, i] of each layer.
+void input_gradients(
+    Stream& stream,
+    std::span<const LinearParams> params,
+    std::span<const AdapterGrad> grads,
+    const Tensor (&du)[kMaxGroup]
+) {
+    std::vector<LowRankGradient> together;
+    for (size_t i = 0; i < params.size(); ++i) {
+        const LinearParams& p = params[i];
+        if (!du[i].defined() || grads[i].lora_a == nullptr) {
+            continue;
+        }
+        LowRankGradient g;
         g.wide = activations(p.x);
-        g.narrow = activations(du);
+        g.narrow = activations(du[i]);
+        g.rows = static_cast<int32_t>(p.x.rows());
         g.width = static_cast<int32_t>(p.x.cols());
+        g.rank = static_cast<int32_t>(p.adapter.lora_a.shape[0]);
+        g.narrow_ld = static_cast<int32_t>(du[i].cols());
         g.stride_wide = 1;
         g.stride_narrow = p.x.cols();
-        g.grad = grad.lora_a;
-        low_rank_gradient(stream, g);
+        g.grad = grads[i].lora_a;
+        together.push_back(g);
     }
-    if (grad.lora_b != nullptr) {  // dB[o, j] = s sum_t dy[t, o] u[t, j]
-        g.wide = activations(dy);
-        g.narrow = activations(shrunk(stream, p));
-        g.width = static_cast<int32_t>(dy.cols());
-        g.stride_wide = rank;
-        g.stride_narrow = 1;
-        g.scale = p.adapter.lora_scale;
-        g.grad = grad.lora_b;
-        low_rank_gradient(stream, g);
+    if (!together.empty()) {
+        low_rank_gradients(stream, together);
+    }
+}
+
+// dx (+)= the sum over layers of dy through base and LoRA, in one product where a member takes it.
+void add_up_inputs(
+    Stream& stream,
+    std::span<const LinearParams> params,
+    std::span<const Tensor> dy,
+    const Tensor (&du)[kMaxGroup],
+    const Tensor& dx,
+    bool accumulate_dx
+) {
+    MatmulGroup sum;
+    bool bf16 = true;
+    for (size_t i = 0; i < params.size(); ++i) {
+        const LinearParams& p = params[i];
+        MatmulArgs a = backward_args(dy[i], p.w, dx);
+        if (du[i].defined()) {
+            const Tensor& lora_a = p.adapter.lora_a;
+            a.epilogue.lora_u = activations(du[i]);
+            a.epilogue.lora_b = activations(lora_a);
+            a.epilogue.ldu = static_cast<int32_t>(du[i].cols());
+            a.epilogue.rank = static_cast<int32_t>(lora_a.shape[0]);
+            a.epilogue.ldb = static_cast<int32_t>(lora_a.shape[1]);
+            a.epilogue.lora_scale = 1.0f;
+        }
+        a.epilogue.residual = accumulate_dx || i > 0 ? activations(dx) : nullptr;
+        bf16 = bf16 && p.w.format == WeightFormat::kBF16;
+        sum.args[sum.count++] = a;
+    }
+    if (sum.count > 1 && bf16 && matmul_sum(queue_of(stream), sum)) {
+        return;
+    }
+    for (size_t i = 0; i < params.size(); ++i) {
+        multiply(stream, params[i].w.format, Direction::kBackward, sum.args[i]);
     }
 }
 
@@ -475,27 +553,32 @@ SwigluResult linear_swiglu(
     return run_linears(stream, params, y, true, oft_d);
 }
 
-void linear_backward(
+void linear_group_backward(
     Stream& stream,
-    const LinearParams& p,
-    Tensor dy,
+    std::span<const LinearParams> params,
+    std::span<const Tensor> dy,
     Tensor dx,
     bool accumulate_dx,
-    const AdapterGrad& grad
+    std::span<const AdapterGrad> grads
 ) {
-    if (dy.rows() == 0) {
+    CHECK(!params.empty() && params.size() <= size_t{kMaxGroup});
+    if (dy[0].rows() == 0) {
         return;
     }
     const ScratchScope scope(stream.scratch);
-    if (p.adapter.kind == AdapterKind::kLora) {
-        lora_backward(stream, p, dy, dx, accumulate_dx, grad);
-    } else if (p.adapter.kind == AdapterKind::kOft) {
-        oft_backward(stream, p, dy, dx, accumulate_dx, grad);
-    } else if (dx.defined()) {
-        MatmulArgs a = backward_args(dy, p.w, dx);
-        a.epilogue.residual = accumulate_dx ? activations(dx) : nullptr;
-        multiply(stream, p.w.format, Direction::kBackward, a);
+    if (params[0].adapter.kind == AdapterKind::kOft) {
+        for (size_t i = 0; i < params.size(); ++i) {
+            const ScratchScope one(stream.scratch);
+            oft_backward(stream, params[i], dy[i], dx, accumulate_dx || i > 0, grads[i]);
+        }
+        return;
     }
+    Tensor du[kMaxGroup];
+    output_gradients(stream, params, dy, grads, du);
+    if (dx.defined()) {
+        add_up_inputs(stream, params, dy, du, dx, accumulate_dx);
+    }
+    input_gradients(stream, params, grads, du);
 }
 
 void linear_f32_out(Stream& stream, Tensor h, const QuantizedMatrix& w, Tensor logits) {

@@ -66,17 +66,49 @@ struct LowRankGradient {
     float* grad = nullptr;
 };
 
-void low_rank_gradient(Stream& stream, const LowRankGradient& args);
+// Up to kMaxGroup of them with one `wide`, which is read once for several.
+void low_rank_gradients(Stream& stream, std::span<const LowRankGradient> gradients);
 
-// grad[i] += scale (p[0][i] + p[1][i] + ...), partials of `count` each, in ascending order.
-void add_partials(
-    cudaStream_t queue,
-    const float* partial,
-    int32_t num_partials,
-    int64_t count,
-    float scale,
-    float* grad
+// Of a layer y += scale u B^T: du = round(scale dy B) and grad_b[i, j] += scale sum_t dy[t, i]
+// u[t, j], for which dy is read once. adapter_grad_cuda.cu.
+struct LoraOutputGradient {
+    const bf16* dy = nullptr;  // [rows, width]
+    const bf16* u = nullptr;   // [rows, ld], zero from column `rank` on; unread without grad_b
+    const bf16* b = nullptr;   // [width, rank]
+    bf16* du = nullptr;        // [rows, ld]
+    float* grad_b = nullptr;   // [width, rank], or null
+    int32_t width = 0;
+    int32_t rank = 0;
+    int32_t ld = 0;  // a multiple of 16
+    float scale = 1.0f;
+};
+
+// Whether the kernel takes it: rows in granules of 16 bytes.
+bool fits_output_gradient(const LoraOutputGradient& gradient);
+
+// Up to kMaxGroup of them in one launch.
+void lora_output_gradients(
+    Stream& stream, std::span<const LoraOutputGradient> gradients, int32_t rows
 );
+
+// scale (partial[0][i] + partial[1][i] + ...), partials of `count` each (a multiple of 4), in
+// ascending order: added to `grad`, or rounded to `rounded`.
+struct PartialSums {
+    const float* partial = nullptr;
+    int64_t count = 0;
+    int32_t num_partials = 0;
+    float scale = 1.0f;
+    float* grad = nullptr;
+    bf16* rounded = nullptr;
+};
+
+// Up to 2 kMaxGroup of them in one launch.
+void add_partials(cudaStream_t queue, std::span<const PartialSums> sums);
+
+// args[0].epilogue's y = the sum of all products, each with its LoRA, by the member for many rows
+// of bf16 weights on Hopper (Direction::kBackward, matmul_tma_cuda.cu). False: it does not take
+// them, and nothing was launched.
+bool matmul_sum(cudaStream_t queue, const MatmulGroup& group);
 
 // Token ranges whose sums are formed separately and added in order: fixed, so that the result does
 // not depend on the grid.

@@ -375,7 +375,7 @@ void factor_gradient(
     Stream& stream, const GroupedLinearParams& p, const LowRankGradient& g, int64_t distance
 ) {
     if (distance == 0) {
-        low_rank_gradient(stream, g);
+        low_rank_gradients(stream, {&g, 1});
         return;
     }
     OuterRows o{};

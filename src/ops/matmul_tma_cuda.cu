@@ -31,7 +31,8 @@ constexpr int kManyRows = 1024;
 constexpr int kMinTilesOfMany = 64;
 constexpr int kMinRows = 512;
 constexpr int kMinTiles = 16;
-constexpr int kMaxRank = 256;  // LoRA's operands take a stage for each 64 of the rank
+constexpr int kMaxRank = 256;      // LoRA's operands take a stage for each 64 of the rank
+constexpr int kLongestSum = 8192;  // of several products in one chain; above, in their segments
 
 template <int kTileN>
 struct PairTile {
@@ -53,6 +54,7 @@ struct ProductMaps {
 struct PairedGroup {
     ProductMaps maps[kMaxGroup];
     MatmulGroup products;  // numbers pairs of tiles
+    int32_t links;         // products that are added up, from each that is counted on
 };
 
 // The stages, and two barriers for each: `filled` when its bytes are there, `freed` when all warps
@@ -164,16 +166,22 @@ __device__ __forceinline__ void fill_stages(const PairedGroup& group, Ring<Tile>
     const auto stride = static_cast<int32_t>(gridDim.x) / kPair;
     for (auto pair = static_cast<int32_t>(blockIdx.x) / kPair; pair < pairs; pair += stride) {
         const Place place = place_of<Tile>(group.products, pair);
-        const MatmulArgs& a = group.products.args[place.product];
-        const ProductMaps& maps = group.maps[place.product];
-        for (int32_t k = 0; k < a.k; k += kTileK) {
-            fill_stage<Tile, kBackward>(ring, maps.x, maps.w, place, k);
+        const MatmulArgs* links = group.products.args + place.product;
+        const ProductMaps* maps = group.maps + place.product;
+        for (int32_t i = 0; i < group.links; ++i) {
+            for (int32_t k = 0; k < links[i].k; k += kTileK) {
+                fill_stage<Tile, kBackward>(ring, maps[i].x, maps[i].w, place, k);
+            }
         }
-        if (a.epilogue.lora_u != nullptr) {
+        if (links[0].epilogue.lora_u != nullptr) {
             wait_for_predecessor();  // which makes u, where x_is_ready
         }
-        for (int32_t step = 0; step < lora_steps(a.epilogue); ++step) {
-            fill_stage<Tile, kBackward>(ring, maps.lora_u, maps.lora_b, place, step * kTileK);
+        for (int32_t i = 0; i < group.links; ++i) {
+            for (int32_t step = 0; step < lora_steps(links[i].epilogue); ++step) {
+                fill_stage<Tile, kBackward>(
+                    ring, maps[i].lora_u, maps[i].lora_b, place, step * kTileK
+                );
+            }
         }
     }
     wait_for_predecessor();
@@ -235,42 +243,57 @@ __device__ __forceinline__ void multiply_stages(
     ring.free(last);
 }
 
+// LoRA's stages: of one product, 64 of the rank in each, or of several, a stage for each.
+struct LoraSteps {
+    int32_t stages;
+    int32_t in_stage;  // k16 steps; the last one may have fewer
+    int32_t count;     // in all
+
+    __device__ __forceinline__ LoraSteps(const Epilogue& e, int32_t links)
+        : stages(links > 1 ? links : lora_steps(e)),
+          in_stage(links > 1 ? e.ldu / 16 : kTileK / 16),
+          count(links * e.ldu / 16) {}
+};
+
 // Begins lora = u b^T for 64 columns, over LoRA's stages from `at` on, which are filled.
 template <typename Tile, bool kBackward>
 __device__ __forceinline__ void start_rank(
-    float (&lora)[8][4], Ring<Tile> at, int warpgroup, int column, int32_t rank
+    float (&lora)[8][4], Ring<Tile> at, int warpgroup, int column, const LoraSteps& steps
 ) {
     wgmma_begin();
     issue_step<Tile, kBackward, 64>(lora, at, warpgroup, column, 0, 0);
+    int32_t in_stage = 0;
 #pragma unroll 1
-    for (int32_t step = 1; step < rank / 16; ++step) {
-        if (step % (kTileK / 16) == 0) {
+    for (int32_t step = 1; step < steps.count; ++step) {
+        if (++in_stage == steps.in_stage) {
             at.advance();
+            in_stage = 0;
         }
-        issue_step<Tile, kBackward, 64>(lora, at, warpgroup, column, step % (kTileK / 16), 1);
+        issue_step<Tile, kBackward, 64>(lora, at, warpgroup, column, in_stage, 1);
     }
     wgmma_commit();
 }
 
-// v = scale v + lora_scale u b^T. While 64 columns are added, the next ones are multiplied.
+// v = scale v + lora_scale u b^T, the sum over all links. While 64 columns are added, the next ones
+// are multiplied.
 template <typename Tile, bool kBackward>
 __device__ __forceinline__ void add_lora_stages(
-    float (&v)[Tile::kFragN][4], Ring<Tile>& ring, int warpgroup, const Epilogue& e
+    float (&v)[Tile::kFragN][4], Ring<Tile>& ring, int warpgroup, const Epilogue& e, int32_t links
 ) {
     constexpr int kColumns = Tile::kN / 64;
-    const int32_t steps = lora_steps(e);
+    const LoraSteps steps(e, links);
     Ring<Tile> at = ring;
-    for (int32_t step = 0; step < steps; ++step) {
+    for (int32_t stage = 0; stage < steps.stages; ++stage) {
         at.wait_filled();
         at.advance();
     }
     float lora[2][8][4];
-    start_rank<Tile, kBackward>(lora[0], ring, warpgroup, 0, e.ldu);
+    start_rank<Tile, kBackward>(lora[0], ring, warpgroup, 0, steps);
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
         if (column + 1 < kColumns) {
             start_rank<Tile, kBackward>(
-                lora[(column + 1) % 2], ring, warpgroup, 64 * (column + 1), e.ldu
+                lora[(column + 1) % 2], ring, warpgroup, 64 * (column + 1), steps
             );
             wgmma_wait<1>();
         } else {
@@ -286,7 +309,7 @@ __device__ __forceinline__ void add_lora_stages(
             }
         }
     }
-    for (int32_t step = 0; step < steps; ++step) {
+    for (int32_t stage = 0; stage < steps.stages; ++stage) {
         ring.free(ring.stage);
         ring.advance();
     }
@@ -421,10 +444,12 @@ __device__ __forceinline__ void store_elements(
     }
 }
 
-// y of this warp's 16 rows from m on, and LoRA's stages. v: the product.
+// y of this warp's 16 rows from m on, and LoRA's stages. v: the product, or the sum of `links`
+// whose first is `a`.
 template <typename Tile, bool kBackward, bool kSegmented>
 __device__ __forceinline__ void finish_tile(
     const MatmulArgs& a,
+    int32_t links,
     float (&v)[Tile::kFragN][4],
     Ring<Tile>& ring,
     int warpgroup,
@@ -437,7 +462,7 @@ __device__ __forceinline__ void finish_tile(
     const bool eights = e.ldy % 8 == 0 && a.n % 8 == 0 && e.columns == a.n;
     const bool plain_floats = e.f32_out && e.bias == nullptr && e.residual == nullptr;
     if (e.lora_u != nullptr) {
-        add_lora_stages<Tile, kBackward>(v, ring, warpgroup, e);
+        add_lora_stages<Tile, kBackward>(v, ring, warpgroup, e, links);
     } else {
 #pragma unroll
         for (int j = 0; j < Tile::kFragN; ++j) {
@@ -480,24 +505,36 @@ __device__ __forceinline__ void multiply_tiles(
 #pragma unroll 1
     for (auto pair = static_cast<int32_t>(blockIdx.x) / kPair; pair < pairs; pair += stride) {
         const Place place = place_of<Tile>(group.products, pair);
-        const MatmulArgs& a = group.products.args[place.product];
-        const int32_t steps = (a.k + kTileK - 1) / kTileK;
+        const MatmulArgs* links = group.products.args + place.product;
         const auto warp = static_cast<int32_t>(threadIdx.x >> 5);
         const int32_t m = place.m0 + warp * 16;
         float acc[Tile::kFragN][4];  // the first wgmma of a segment does not read them
+        const auto finish = [&](float(&sum)[Tile::kFragN][4]) {
+            finish_tile<Tile, kBackward, kSegmented>(
+                links[0], group.links, sum, ring, warpgroup, m, place.n0
+            );
+        };
         if constexpr (kSegmented) {
-            const int32_t segment_steps = a.segment / kTileK;
             float total[Tile::kFragN][4] = {};
 #pragma unroll 1
-            for (int32_t first = 0; first < steps; first += segment_steps) {
-                const int32_t count = min(segment_steps, steps - first);
-                multiply_stages<Tile, kBackward>(acc, ring, warpgroup, count, lead);
-                add_fragments(total, acc);
+            for (int32_t i = 0; i < group.links; ++i) {
+                const int32_t steps = (links[i].k + kTileK - 1) / kTileK;
+                const int32_t segment_steps = links[i].segment / kTileK;
+#pragma unroll 1
+                for (int32_t first = 0; first < steps; first += segment_steps) {
+                    const int32_t count = min(segment_steps, steps - first);
+                    multiply_stages<Tile, kBackward>(acc, ring, warpgroup, count, lead);
+                    add_fragments(total, acc);
+                }
             }
-            finish_tile<Tile, kBackward, kSegmented>(a, total, ring, warpgroup, m, place.n0);
+            finish(total);
         } else {
+            int32_t steps = 0;
+            for (int32_t i = 0; i < group.links; ++i) {
+                steps += (links[i].k + kTileK - 1) / kTileK;
+            }
             multiply_stages<Tile, kBackward>(acc, ring, warpgroup, steps, lead);
-            finish_tile<Tile, kBackward, kSegmented>(a, acc, ring, warpgroup, m, place.n0);
+            finish(acc);
         }
     }
 }
@@ -553,10 +590,11 @@ ProductMaps maps_of(const MatmulArgs& a, bool backward, int32_t tile_n) {
 }
 
 template <int kTileN, bool kBackward, bool kSegmented>
-void launch_pairs(cudaStream_t queue, const MatmulGroup& products) {
+void launch_pairs(cudaStream_t queue, const MatmulGroup& products, int32_t links) {
     PairedGroup group;
     group.products = products;
-    for (int32_t i = 0; i < products.count; ++i) {
+    group.links = links;
+    for (int32_t i = 0; i < products.count - 1 + links; ++i) {
         group.maps[i] = maps_of(products.args[i], kBackward, kTileN);
     }
     const int64_t pairs = number_blocks(group.products, kPair * kTileM, kTileN);
@@ -580,22 +618,28 @@ int64_t cost_of(const MatmulGroup& group, int64_t tile_n) {
 }
 
 template <bool kBackward>
-void launch_best_pairs(cudaStream_t queue, const MatmulGroup& group) {
-    bool segmented = false;
-    for (int32_t i = 0; i < group.count; ++i) {
-        segmented = segmented || group.args[i].segment < group.args[i].k;
-    }
+void launch_best_pairs(
+    cudaStream_t queue, const MatmulGroup& group, bool segmented, int32_t links = 1
+) {
     // Segments take a second set of accumulators: 256 columns of both do not fit the registers.
     const bool narrow = cost_of(group, 128) < cost_of(group, segmented ? 192 : 256);
     if (segmented && narrow) {
-        launch_pairs<128, kBackward, true>(queue, group);
+        launch_pairs<128, kBackward, true>(queue, group, links);
     } else if (segmented) {
-        launch_pairs<192, kBackward, true>(queue, group);
+        launch_pairs<192, kBackward, true>(queue, group, links);
     } else if (narrow) {
-        launch_pairs<128, kBackward, false>(queue, group);
+        launch_pairs<128, kBackward, false>(queue, group, links);
     } else {
-        launch_pairs<256, kBackward, false>(queue, group);
+        launch_pairs<256, kBackward, false>(queue, group, links);
     }
+}
+
+// But for the number of tiles.
+bool fits_pair(const MatmulArgs& a) {
+    const Epilogue& e = a.epilogue;
+    const auto lora = reinterpret_cast<uintptr_t>(e.lora_u) | reinterpret_cast<uintptr_t>(e.lora_b);
+    return a.k >= kMinDepth && e.ldu <= kMaxRank && lora % 16 == 0 && e.ldb % 8 == 0 &&
+           (a.m >= kMinRows || e.lora_u != nullptr);
 }
 
 }  // namespace
@@ -609,11 +653,7 @@ bool fits_pairs(const MatmulGroup& group) {
     for (int32_t i = 0; i < group.count; ++i) {
         const MatmulArgs& a = group.args[i];
         tiles += ceil_div(a.m, kTileM) * ceil_div(a.epilogue.columns, 128);
-        const Epilogue& e = a.epilogue;
-        const auto lora =
-            reinterpret_cast<uintptr_t>(e.lora_u) | reinterpret_cast<uintptr_t>(e.lora_b);
-        if (a.k < kMinDepth || e.ldu > kMaxRank || lora % 16 != 0 || e.ldb % 8 != 0 ||
-            (rows < kMinRows && e.lora_u == nullptr)) {
+        if (!fits_pair(a)) {
             return false;
         }
     }
@@ -621,11 +661,39 @@ bool fits_pairs(const MatmulGroup& group) {
 }
 
 void matmul_pairs(cudaStream_t queue, Direction direction, const MatmulGroup& group) {
-    if (direction == Direction::kForward) {
-        launch_best_pairs<false>(queue, group);
-    } else {
-        launch_best_pairs<true>(queue, group);
+    bool segmented = false;
+    for (int32_t i = 0; i < group.count; ++i) {
+        segmented = segmented || group.args[i].segment < group.args[i].k;
     }
+    if (direction == Direction::kForward) {
+        launch_best_pairs<false>(queue, group, segmented);
+    } else {
+        launch_best_pairs<true>(queue, group, segmented);
+    }
+}
+
+bool matmul_sum(cudaStream_t queue, const MatmulGroup& group) {
+    const MatmulArgs& first = group.args[0];
+    MatmulGroup counted = group;
+    counted.count = 1;
+    int64_t depth = 0;
+    for (int32_t i = 0; i < group.count; ++i) {
+        const MatmulArgs& a = group.args[i];
+        const auto address =
+            reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.w.data);
+        if (!fits_pair(a) || address % 16 != 0 || a.ldx % 8 != 0 || a.w.cols % 8 != 0 ||
+            a.epilogue.ldu != first.epilogue.ldu || a.epilogue.ldu > kTileK) {
+            return false;
+        }
+        CHECK(a.m == first.m && a.n == first.n);
+        CHECK(a.epilogue.lora_scale == first.epilogue.lora_scale && a.epilogue.scale == 1.0f);
+        depth += a.k;
+    }
+    if (first.m < kManyRows || !fits_pairs(counted) || group.count > kMaxRank / kTileK) {
+        return false;
+    }
+    launch_best_pairs<true>(queue, counted, depth > kLongestSum, group.count);
+    return true;
 }
 
 }  // namespace orbit::cuda

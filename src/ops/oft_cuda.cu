@@ -489,7 +489,12 @@ void launch_rotation_gradient(
     const dim3 grid(grid_dim(ceil_div(width, kWindow)), grid_dim_yz(splits));
     kernel<<<grid, kGradThreads, kGradShared, queue>>>(x, dxr, rows, width, partial);
     LAUNCH_CHECK();
-    add_partials(queue, partial, static_cast<int32_t>(splits), count, 1.0f, grad);
+    PartialSums sums;
+    sums.partial = partial;
+    sums.count = count;
+    sums.num_partials = static_cast<int32_t>(splits);
+    sums.grad = grad;
+    add_partials(queue, {&sums, 1});
 }
 
 // Calls run with the block size as a constant where there are kernels for it. False: there are

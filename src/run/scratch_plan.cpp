@@ -220,22 +220,57 @@ class GpuLinear {
         decode_first(m_, meter_, rows_, m_.packed.linears && !grouped_, elements);
     }
 
-    void backward(const Site& s) {
+    // Layers with one input.
+    void backward(std::initializer_list<Site> sites) {
         const Scope scope(meter_);
-        take_input(s);  // du, or the gradient of the rotated input
-        decode_first(m_, meter_, rows_, m_.packed.linears && !grouped_, s.in * s.out);
-        if (s.kind == AdapterKind::kLora) {
-            partials(s.in * s.rank);
-            if (!s.keeps_u) {
-                take_input(s);
+        for (const Site& s : sites) {
+            if (s.kind == AdapterKind::kOft) {
+                oft_backward(s);
+            } else if (s.kind == AdapterKind::kLora) {
+                take_input(s);  // du
+                if (!s.keeps_u) {
+                    take_input(s);
+                }
             }
-            partials(s.out * s.rank);
-        } else if (s.kind == AdapterKind::kOft && s.block % 16 == 0 && s.block <= 128) {
-            partials(s.in * s.block);
+        }
+        output_gradients(sites);
+        for (const Site& s : sites) {
+            decode_first(m_, meter_, rows_, m_.packed.linears && !grouped_, s.in * s.out);
+        }
+        const Scope partial_sums(meter_);
+        for (const Site& s : sites) {
+            if (s.kind == AdapterKind::kLora) {
+                partials(ranges(), s.in * s.rank);
+            }
         }
     }
 
   private:
+    void oft_backward(const Site& s) {
+        const Scope scope(meter_);
+        take_input(s);  // the gradient of the rotated input
+        decode_first(m_, meter_, rows_, m_.packed.linears && !grouped_, s.in * s.out);
+        if (s.block % 16 == 0 && s.block <= 128) {
+            partials(ranges(), s.in * s.block);
+        }
+    }
+
+    // LoRA's, of adapter_grad_cuda.cu.
+    void output_gradients(std::initializer_list<Site> sites) {
+        int64_t columns = 0;
+        for (const Site& s : sites) {
+            columns += s.kind == AdapterKind::kLora ? s.out : 0;
+        }
+        const int64_t in_range = columns < 8192 ? 256 : 512;
+        const Scope scope(meter_);
+        for (const Site& s : sites) {
+            if (s.kind == AdapterKind::kLora) {
+                partials(ceil_div(s.out, in_range), rows_ * round_up(s.rank, 16));
+                partials(ranges(), s.out * s.rank);
+            }
+        }
+    }
+
     void take_input(const Site& s) {
         if (s.kind == AdapterKind::kLora) {
             meter_.take(rows_ * round_up(s.rank, 16) * 2);
@@ -244,11 +279,14 @@ class GpuLinear {
         }
     }
 
-    void partials(int64_t count) {
+    int64_t ranges() const {
         constexpr int64_t kGradientTokens = 512;
+        return ceil_div(rows_, kGradientTokens);
+    }
+
+    void partials(int64_t num, int64_t count) {
         if (!grouped_) {
-            const Scope scope(meter_);
-            meter_.take(ceil_div(rows_, kGradientTokens) * count * kF32);
+            meter_.take(num * count * kF32);
         }
     }
 
@@ -323,9 +361,11 @@ class Layer {
         activation(tokens(), kv_width());  // before rope
         activation(tokens(), q_width());
         activation(tokens(), c_.width);  // of the first norm's output
-        linear(tokens(), attention_site("v_proj", c_.width, kv_width()), true, false);
-        linear(tokens(), attention_site("k_proj", c_.width, kv_width()), true, false);
-        linear(tokens(), attention_site("q_proj", c_.width, q_width()), true, false);
+        linears_backward(
+            {attention_site("q_proj", c_.width, q_width()),
+             attention_site("k_proj", c_.width, kv_width()),
+             attention_site("v_proj", c_.width, kv_width())}
+        );
     }
 
   private:
@@ -382,7 +422,7 @@ class Layer {
     void linear_workspace(int64_t rows, const Site& s, bool is_backward, bool grouped) {
         if (!m_.on_cpu) {
             GpuLinear op(m_, meter_, rows, grouped);
-            is_backward ? op.backward(s) : op.forward({s});
+            is_backward ? op.backward({s}) : op.forward({s});
             return;
         }
         // The busiest expert of a skewed router: twice its share.
@@ -406,6 +446,17 @@ class Layer {
         }
         for (const Site& s : sites) {
             linear_workspace(rows, s, false, grouped);
+        }
+    }
+
+    // linear_group_backward.
+    void linears_backward(std::initializer_list<Site> sites) {
+        if (!m_.on_cpu) {
+            GpuLinear(m_, meter_, tokens(), false).backward(sites);
+            return;
+        }
+        for (const Site& s : sites) {
+            linear_workspace(tokens(), s, true, false);
         }
     }
 
@@ -446,9 +497,10 @@ class Layer {
         activation(tokens(), c_.mlp_width);
         activation(tokens(), c_.mlp_width);
         activation(tokens(), c_.width);
-        for (const char* leaf : {"gate_proj", "up_proj"}) {
-            linear(tokens(), kept(mlp_site(leaf, c_.width, c_.mlp_width)), true, false);
-        }
+        linears_backward(
+            {kept(mlp_site("gate_proj", c_.width, c_.mlp_width)),
+             kept(mlp_site("up_proj", c_.width, c_.mlp_width))}
+        );
     }
 
     void forward_experts() {

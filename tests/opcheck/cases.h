@@ -17,5 +17,6 @@ void add_moe_cases(CaseList& cases);
 void add_oft_transform_cases(CaseList& cases);
 void add_fused_cases(CaseList& cases);
 void add_rotated_attention_cases(CaseList& cases);
+void add_linear_group_cases(CaseList& cases);
 
 }  // namespace orbit::opcheck

@@ -27,6 +27,7 @@ constexpr void (*kRegistrations[])(CaseList&) = {
     // In the end: the random numbers of a case depend on how many come before it.
     add_fused_cases,
     add_rotated_attention_cases,
+    add_linear_group_cases,
 };
 
 struct Options {
