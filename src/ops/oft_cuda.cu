@@ -15,6 +15,10 @@ constexpr int kRotateWarps = kRotateRows / 16;
 constexpr int kRotateThreads = 32 * kRotateWarps;
 constexpr int kFewTogether = 3;  // products of one thread block where rows are few
 
+// The least columns of a thread block, where rows are few.
+template <int kBlock>
+constexpr int kFewColumns = std::max(kBlock, 32);
+
 // Shared memory: a tile of x, then a tile of D for each product of the block. Rows are padded by a
 // granule: eight of them in eight bank groups.
 template <int kBlock>
@@ -30,12 +34,12 @@ struct RotateShared {
     static constexpr __host__ __device__ int bytes_d(int window) { return window * kRowBytesD; }
 };
 
-template <int kBlock>
+template <int kBlock, int kThreads>
 __device__ __forceinline__ void load_rotation(
     const bf16* d, int32_t width, uint32_t to, int32_t col0, int window
 ) {
     constexpr int kRowGranules = kBlock / 8;
-    for (int i = threadIdx.x; i < window * kRowGranules; i += kRotateThreads) {
+    for (int i = threadIdx.x; i < window * kRowGranules; i += kThreads) {
         const int row = i / kRowGranules;
         const int granule = i % kRowGranules;
         const bool valid = col0 + row < width;
@@ -64,51 +68,31 @@ __device__ __forceinline__ void load_rotate_rows(
     }
 }
 
-// The window's columns of the rows that `norm` makes, to the tile of x. Of one row without sums of
-// squares all of it is read.
+// The window's columns of the row that `norm` makes, to the tile of x; all of the row is read.
 template <int kBlock>
-__device__ __forceinline__ void make_normed_rows(
+__device__ __forceinline__ void make_normed_row(
     const PendingNorm::Norm& norm, bool stores, char* tile, int32_t col0, int window
 ) {
     static_assert(kRotateThreads == kNormThreads);
     __shared__ float shared[kNormThreads / 32];
-    __shared__ float scales[kRotateRows];
     const auto thread = static_cast<int32_t>(threadIdx.x);
-    const int32_t across = window / 8;  // threads for a row
-    const int32_t per_pass = kRotateThreads / across;
-    const int32_t row0 = thread / across;
-    const int32_t group = col0 / 8 + thread % across;
-    const bool own = row0 < per_pass && group < norm.width / 8;
+    const int32_t group = col0 / 8 + thread;
+    const bool own = thread < window / 8 && group < norm.width / 8;
     Eight weight{};
     if (own) {  // constant
         weight = load_norm_weight(norm.weight, group, norm.width);
     }
-    const auto of_row = [&](auto* rows, int32_t row) {
-        return rows + row * norm.width + 8 * group;
-    };
     wait_for_predecessor();
-    uint4 first{};
-    if (own && row0 < norm.rows) {
-        first = *reinterpret_cast<const uint4*>(of_row(norm.x, row0));
+    uint4 x{};
+    if (own) {
+        x = reinterpret_cast<const uint4*>(norm.x)[group];
     }
-    if (norm.squares == nullptr) {
-        scales[0] = inverse_rms_of_row(norm.x, norm.width, norm.eps, shared);
-    } else {
-        const auto pieces = static_cast<int32_t>(norm.width / kSquaresPiece);
-        for (int32_t begin = 0; begin < norm.rows; begin += kRotateThreads / 4) {
-            const int32_t row = min(begin + thread / 4, norm.rows - 1);
-            const float sum = sum_of_pieces(norm.squares + row * pieces, pieces);
-            scales[row] = inverse_rms(sum, static_cast<float>(norm.width), norm.eps);
-        }
-    }
-    __syncthreads();
-    for (int32_t row = row0; own && row < norm.rows; row += per_pass) {
-        const uint4 x = row == row0 ? first : *reinterpret_cast<const uint4*>(of_row(norm.x, row));
-        const uint4 y = pack_eight(normed(unpack_eight(x), scales[row], weight));
-        char* to = tile + row * RotateShared<kBlock>::row_bytes_x(window) + thread % across * 16;
-        *reinterpret_cast<uint4*>(to) = y;
+    const float scale = inverse_rms_of_row(norm.x, norm.width, norm.eps, shared);
+    if (own) {
+        const uint4 y = pack_eight(normed(unpack_eight(x), scale, weight));
+        reinterpret_cast<uint4*>(tile)[thread] = y;
         if (stores) {
-            *reinterpret_cast<uint4*>(of_row(norm.y, row)) = y;
+            reinterpret_cast<uint4*>(norm.y)[group] = y;
         }
     }
 }
@@ -147,6 +131,79 @@ __device__ __forceinline__ void store_rotated(
     }
 }
 
+// The products of 16 rows from `row` of a tile of x on, which starts with row0 of x and column
+// col0, with the rotation whose columns start with `first` of the tile's, at d_tile. A warp.
+template <int kBlock, bool kTranspose>
+__device__ __forceinline__ void rotate_rows(
+    const RotateArgs& a,
+    bf16* y,
+    const char* x_tile,
+    uint32_t d_tile,
+    int row_bytes_x,
+    int32_t row0,
+    int row,
+    int32_t col0,
+    int first
+) {
+    using Shared = RotateShared<kBlock>;
+    constexpr int kTiles = std::min(kBlock / 8, 4);  // fragments that are stored at once
+    const int lane = threadIdx.x & 31;
+    uint32_t x[kBlock / 16][4];
+#pragma unroll
+    for (int step = 0; step < kBlock / 16; ++step) {
+        const int granule = (first + 16 * step) / 8 + (lane >> 4);
+        ldmatrix_x4(
+            x[step][0],
+            x[step][1],
+            x[step][2],
+            x[step][3],
+            shared_address(x_tile) +
+                static_cast<uint32_t>((row + (lane & 15)) * row_bytes_x + granule * 16)
+        );
+    }
+#pragma unroll 1
+    for (int n = 0; n < kBlock; n += 8 * kTiles) {
+        float acc[kTiles][4] = {};
+#pragma unroll
+        for (int step = 0; step < kBlock / 16; ++step) {
+#pragma unroll
+            for (int t = 0; t < kTiles; t += 2) {
+                uint32_t b[4];
+                if constexpr (kTranspose) {
+                    const int of_d = first + n + 8 * t + (lane & 7) + ((lane >> 4) << 3);
+                    const int granule = 2 * step + ((lane >> 3) & 1);
+                    const int at = of_d * Shared::kRowBytesD + granule * 16;
+                    ldmatrix_x4(b[0], b[1], b[2], b[3], d_tile + static_cast<uint32_t>(at));
+                } else {
+                    const int of_d = first + 16 * step + (lane & 15);
+                    const int granule = n / 8 + t + (lane >> 4);
+                    const int at = of_d * Shared::kRowBytesD + granule * 16;
+                    ldmatrix_x4_trans(b[0], b[1], b[2], b[3], d_tile + static_cast<uint32_t>(at));
+                }
+                mma_16816(acc[t], x[step], b[0], b[1]);
+                mma_16816(acc[t + 1], x[step], b[2], b[3]);
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int at = row + (lane >> 2) + 8 * half;
+            float v[kTiles][2];
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t) {
+                v[t][0] = acc[t][2 * half];
+                v[t][1] = acc[t][2 * half + 1];
+            }
+            store_rotated<kTiles>(
+                a,
+                y + static_cast<int64_t>(row0 + at) * a.width + col0 + first + n,
+                x_tile + at * row_bytes_x + (first + n) * 2,
+                row0 + at < a.rows,
+                v
+            );
+        }
+    }
+}
+
 // With experts: goes on to the rows and the rotation of the expert that owns tile `row0` of
 // kRotateRows rows. False: there is none.
 __device__ __forceinline__ bool take_expert(RotateArgs& a, int32_t& row0) {
@@ -180,7 +237,6 @@ __global__ void __launch_bounds__(kRotateThreads)
     RotateArgs a = products[0];
     extern __shared__ __align__(1024) char shared[];
     using Shared = RotateShared<kBlock>;
-    const int lane = threadIdx.x & 31;
     const int window = group.window;
     const int row_bytes_x = Shared::row_bytes_x(window);
     const int32_t col0 = static_cast<int32_t>(blockIdx.x) * window;
@@ -188,16 +244,16 @@ __global__ void __launch_bounds__(kRotateThreads)
     const uint32_t x_tile = shared_address(shared);
     const uint32_t d_tiles = x_tile + Shared::bytes_x(window);
     const auto load_rotations = [&] {
-        load_rotation<kBlock>(a.d, a.width, d_tiles, col0, window);
+        load_rotation<kBlock, kRotateThreads>(a.d, a.width, d_tiles, col0, window);
         for (int p = 1; p < group.together; ++p) {
             const uint32_t to = d_tiles + p * Shared::bytes_d(window);
-            load_rotation<kBlock>(products[p].d, a.width, to, col0, window);
+            load_rotation<kBlock, kRotateThreads>(products[p].d, a.width, to, col0, window);
         }
     };
     const PendingNorm::Norm& norm = group.norm;
     if (norm.y != nullptr) {
         load_rotations();
-        make_normed_rows<kBlock>(norm, blockIdx.z == 0, shared, col0, window);
+        make_normed_row<kBlock>(norm, blockIdx.z == 0, shared, col0, window);
     } else if (a.offsets == nullptr) {
         load_rotations();
         wait_for_predecessor();
@@ -222,71 +278,92 @@ __global__ void __launch_bounds__(kRotateThreads)
         return;
     }
     const int blocks = window / kBlock;
-    constexpr int kTiles = std::min(kBlock / 8, 4);  // fragments that are stored at once
 #pragma unroll 1
     for (int item = warp % sharing; item < blocks * group.together; item += sharing) {
         const int p = item / blocks;
         const int first = item % blocks * kBlock;
-        if (col0 + first >= a.width) {
-            continue;
-        }
-        const uint32_t d_tile = d_tiles + p * Shared::bytes_d(window);
-        bf16* y = products[p].y;
-        uint32_t x[kBlock / 16][4];
-#pragma unroll
-        for (int step = 0; step < kBlock / 16; ++step) {
-            const int row = warp_row + (lane & 15);
-            const int granule = (first + 16 * step) / 8 + (lane >> 4);
-            ldmatrix_x4(
-                x[step][0],
-                x[step][1],
-                x[step][2],
-                x[step][3],
-                x_tile + static_cast<uint32_t>(row * row_bytes_x + granule * 16)
+        if (col0 + first < a.width) {
+            const uint32_t d_tile = d_tiles + p * Shared::bytes_d(window);
+            rotate_rows<kBlock, kTranspose>(
+                a, products[p].y, shared, d_tile, row_bytes_x, row0, warp_row, col0, first
             );
         }
+    }
+}
+
+// The same for 2 to kRotateRows rows that a norm makes, the sums of whose squares are there: all of
+// a thread block's products together, of as few columns as can be, and every load that waits for
+// the predecessor at once.
+constexpr int kNormedThreads = 4 * kRotateRows;
+
+template <int kBlock>
+__global__ void __launch_bounds__(kNormedThreads)
+    normed_rotate_kernel(const __grid_constant__ RotateGroup group) {
+    release_successor();
+    using Shared = RotateShared<kBlock>;
+    constexpr int kUnit = kFewColumns<kBlock>;
+    constexpr int kAcross = kUnit / 8;  // threads for a row
+    constexpr int kRowsAtOnce = kNormedThreads / kAcross;
+    constexpr int kPasses = kRotateRows / kRowsAtOnce;
+    constexpr int kRowBytes = Shared::row_bytes_x(kUnit);
+    extern __shared__ __align__(1024) char shared[];
+    __shared__ float scales[kRotateRows];
+    const RotateArgs* products = group.args + blockIdx.z * group.together;
+    const RotateArgs& a = products[0];
+    const PendingNorm::Norm& norm = group.norm;
+    const auto thread = static_cast<int32_t>(threadIdx.x);
+    const int32_t col0 = static_cast<int32_t>(blockIdx.x) * kUnit;
+    const uint32_t d_tiles = shared_address(shared) + Shared::bytes_x(kUnit);
+    for (int p = 0; p < group.together; ++p) {
+        const uint32_t to = d_tiles + p * Shared::bytes_d(kUnit);
+        load_rotation<kBlock, kNormedThreads>(products[p].d, a.width, to, col0, kUnit);
+    }
+    copy_async_commit();
+    const int32_t first_group = col0 / 8 + thread % kAcross;  // of eight columns
+    const bool own = 8 * first_group < norm.width;
+    Eight weight{};
+    if (own) {
+        weight = load_norm_weight(norm.weight, first_group, norm.width);
+    }
+    const auto offset = [&](int32_t row) { return row * norm.width + 8 * first_group; };
+    wait_for_predecessor();
+    uint4 x[kPasses];
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+        const int32_t row = thread / kAcross + i * kRowsAtOnce;
+        x[i] = own && row < norm.rows ? *reinterpret_cast<const uint4*>(norm.x + offset(row))
+                                      : uint4{};
+    }
+    const auto pieces = static_cast<int32_t>(norm.width / kSquaresPiece);
+    const int32_t row_of_quad = min(thread / 4, norm.rows - 1);
+    const float sum = sum_of_pieces(norm.squares + row_of_quad * pieces, pieces);
+    scales[thread / 4] = inverse_rms(sum, static_cast<float>(norm.width), norm.eps);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+        const int32_t row = thread / kAcross + i * kRowsAtOnce;
+        const uint4 y = pack_eight(normed(unpack_eight(x[i]), scales[row], weight));
+        *reinterpret_cast<uint4*>(shared + row * kRowBytes + thread % kAcross * 16) = y;
+        if (blockIdx.z == 0 && own && row < norm.rows) {
+            *reinterpret_cast<uint4*>(norm.y + offset(row)) = y;
+        }
+    }
+    copy_async_wait<0>();
+    __syncthreads();
+    constexpr int kBlocks = kUnit / kBlock;
+    const int tiles = (norm.rows + 15) / 16;
 #pragma unroll 1
-        for (int n = 0; n < kBlock; n += 8 * kTiles) {
-            float acc[kTiles][4] = {};
-#pragma unroll
-            for (int step = 0; step < kBlock / 16; ++step) {
-#pragma unroll
-                for (int t = 0; t < kTiles; t += 2) {
-                    uint32_t b[4];
-                    if constexpr (kTranspose) {
-                        const int row = first + n + 8 * t + (lane & 7) + ((lane >> 4) << 3);
-                        const int granule = 2 * step + ((lane >> 3) & 1);
-                        const int at = row * Shared::kRowBytesD + granule * 16;
-                        ldmatrix_x4(b[0], b[1], b[2], b[3], d_tile + static_cast<uint32_t>(at));
-                    } else {
-                        const int row = first + 16 * step + (lane & 15);
-                        const int granule = n / 8 + t + (lane >> 4);
-                        const int at = row * Shared::kRowBytesD + granule * 16;
-                        ldmatrix_x4_trans(
-                            b[0], b[1], b[2], b[3], d_tile + static_cast<uint32_t>(at)
-                        );
-                    }
-                    mma_16816(acc[t], x[step], b[0], b[1]);
-                    mma_16816(acc[t + 1], x[step], b[2], b[3]);
-                }
-            }
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = warp_row + (lane >> 2) + 8 * half;
-                float v[kTiles][2];
-#pragma unroll
-                for (int t = 0; t < kTiles; ++t) {
-                    v[t][0] = acc[t][2 * half];
-                    v[t][1] = acc[t][2 * half + 1];
-                }
-                store_rotated<kTiles>(
-                    a,
-                    y + static_cast<int64_t>(row0 + row) * a.width + col0 + first + n,
-                    shared + row * row_bytes_x + (first + n) * 2,
-                    row0 + row < a.rows,
-                    v
-                );
-            }
+    for (int item = thread / 32; item < tiles * kBlocks * group.together;
+         item += kNormedThreads / 32) {
+        const int p = item / (tiles * kBlocks);
+        const int rest = item % (tiles * kBlocks);
+        const int first = rest % kBlocks * kBlock;
+        if (col0 + first < a.width) {
+            const uint32_t d_tile = d_tiles + p * Shared::bytes_d(kUnit);
+            const int row = rest / kBlocks * 16;
+            rotate_rows<kBlock, false>(
+                a, products[p].y, shared, d_tile, kRowBytes, 0, row, col0, first
+            );
         }
     }
 }
@@ -321,11 +398,31 @@ __global__ void __launch_bounds__(256) rotate_plain_kernel(RotateArgs a, bool tr
 // multiprocessor one block.
 template <int kBlock>
 void cut_for_few_rows(RotateGroup& group, int32_t width, int32_t count) {
-    constexpr int kUnit = std::max(kBlock, 32);
+    constexpr int kUnit = kFewColumns<kBlock>;
     group.together = count <= kFewTogether ? count : 1;
     const int64_t units = ceil_div(width, kUnit) * (count / group.together);
     const int64_t in_window = ceil_div(units, device_limits().multiprocessors);
     group.window = static_cast<int32_t>(std::min<int64_t>(kWindow, in_window * kUnit));
+}
+
+template <int kBlock>
+void launch_normed_rotate(cudaStream_t queue, const RotateGroup& group, int32_t count) {
+    using Shared = RotateShared<kBlock>;
+    constexpr int kUnit = kFewColumns<kBlock>;
+    const auto kernel = normed_rotate_kernel<kBlock>;
+    allow_shared_memory(kernel, Shared::bytes_x(kUnit) + kFewTogether * Shared::bytes_d(kUnit));
+    launch_early(
+        kernel,
+        dim3(
+            grid_dim(ceil_div(group.args[0].width, kUnit)),
+            1,
+            static_cast<unsigned>(count / group.together)
+        ),
+        kNormedThreads,
+        Shared::bytes_x(kUnit) + group.together * Shared::bytes_d(kUnit),
+        queue,
+        group
+    );
 }
 
 template <int kBlock, bool kTranspose>
@@ -340,6 +437,9 @@ void launch_rotate(
     std::copy(args.begin(), args.end(), group.args);
     if (a.rows <= kRotateRows && a.offsets == nullptr) {
         cut_for_few_rows<kBlock>(group, a.width, count);
+    }
+    if (norm.squares != nullptr) {
+        return launch_normed_rotate<kBlock>(queue, group, count);
     }
     allow_shared_memory(kernel, Shared::bytes_x(kWindow) + kFewTogether * Shared::bytes_d(kWindow));
     const auto launch = [&](int64_t tiles) {
@@ -533,8 +633,9 @@ void rotate(
 ) {
     CHECK(!args.empty() && args.size() <= size_t{kMaxGroup});
     CHECK(
-        norm.y == nullptr || (rotation_norms(args[0].block) && args[0].rows == norm.rows &&
-                              norm.rows <= (norm.squares == nullptr ? 1 : kRotateRows))
+        norm.y == nullptr ||
+        (rotation_norms(args[0].block) && args[0].rows == norm.rows &&
+         norm.rows <= (norm.squares == nullptr ? 1 : kRotateRows) && !transpose)
     );
     for (const RotateArgs& a : args) {
         CHECK(a.rows == args[0].rows && a.width == args[0].width && a.block == args[0].block);
