@@ -303,12 +303,13 @@ __global__ void __launch_bounds__(kThreads) dkv_kernel(BackwardArgs a) {
 }
 
 template <int kHeadDim>
-void launch_backward(cudaStream_t queue, const BackwardArgs& a) {
+void launch_backward(Stream& stream, const BackwardArgs& a) {
+    const cudaStream_t queue = queue_of(stream);
     const int64_t head_rows = static_cast<int64_t>(a.num_tokens) * a.heads;
     delta_kernel<kHeadDim><<<grid_dim(ceil_div(head_rows, 8)), 256, 0, queue>>>(a, head_rows);
     LAUNCH_CHECK();
     if (has_wgmma()) {
-        launch_backward_wgmma(queue, a, kHeadDim);
+        launch_backward_wgmma(stream, a, kHeadDim);
         return;
     }
     const unsigned tiles = grid_dim(a.num_tokens / kRows + a.num_sequences);
@@ -358,11 +359,10 @@ void attention_backward(
     a.kv_heads = static_cast<int32_t>(p.k.shape[1]);
     a.scale = p.scale;
     a.scale_log2 = p.scale * kLog2E;
-    const cudaStream_t queue = queue_of(stream);
     if (head_dim == 64) {
-        launch_backward<64>(queue, a);
+        launch_backward<64>(stream, a);
     } else {
-        launch_backward<128>(queue, a);
+        launch_backward<128>(stream, a);
     }
 }
 

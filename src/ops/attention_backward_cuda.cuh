@@ -38,6 +38,6 @@ __device__ __forceinline__ void store_fragments(
 }
 
 // dq, dk and dv on Hopper, with delta there; head_dim is 64 or 128.
-void launch_backward_wgmma(cudaStream_t queue, const BackwardArgs& a, int64_t head_dim);
+void launch_backward_wgmma(Stream& stream, const BackwardArgs& a, int64_t head_dim);
 
 }  // namespace orbit::cuda

@@ -141,18 +141,20 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) attention_prefill_kernel(A
 // ---- host ---------------------------------------------------------------------------------------
 
 template <int kHeadDim>
-void launch_prefill(cudaStream_t queue, const AttentionArgs& a) {
+void launch_prefill(Stream& stream, const AttentionArgs& a, int64_t pages) {
     if (has_wgmma()) {
-        launch_prefill_wgmma(queue, a, kHeadDim);
+        launch_prefill_wgmma(stream, a, kHeadDim, pages);
         return;
     }
     const auto prefill = attention_prefill_kernel<kHeadDim>;
     constexpr int kPrefillBytes = kRing * Tile<kHeadDim>::kBytes;
     allow_shared_memory(prefill, kPrefillBytes);
     const int64_t tiles = a.num_tokens / kPrefillRows + a.num_sequences;
-    prefill<<<dim3(grid_dim(tiles), grid_dim_yz(a.heads)), kPrefillThreads, kPrefillBytes, queue>>>(
-        a
-    );
+    prefill<<<
+        dim3(grid_dim(tiles), grid_dim_yz(a.heads)),
+        kPrefillThreads,
+        kPrefillBytes,
+        queue_of(stream)>>>(a);
     LAUNCH_CHECK();
 }
 
@@ -224,7 +226,9 @@ bool attention(Stream& stream, const AttentionParams& p, Tensor o, float* lse) {
     const bool only_short = a.num_tokens == a.num_sequences;
     launch_decode(queue, a, head_dim, only_short, p.batch.max_positions);
     if (!only_short) {
-        head_dim == 64 ? launch_prefill<64>(queue, a) : launch_prefill<128>(queue, a);
+        const int64_t pages = p.kv.k_pages.numel() / (a.kv_heads * kPageTokens * head_dim);
+        head_dim == 64 ? launch_prefill<64>(stream, a, pages)
+                       : launch_prefill<128>(stream, a, pages);
     }
     return rotates;
 }

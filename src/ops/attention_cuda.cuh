@@ -388,7 +388,7 @@ void launch_decode(
     int32_t max_positions
 );
 
-// The prefill kernel for Hopper; head_dim is 64 or 128.
-void launch_prefill_wgmma(cudaStream_t queue, const AttentionArgs& a, int64_t head_dim);
+// The prefill kernel for Hopper; head_dim is 64 or 128. `pages`: how many there are.
+void launch_prefill_wgmma(Stream& stream, const AttentionArgs& a, int64_t head_dim, int64_t pages);
 
 }  // namespace orbit::cuda

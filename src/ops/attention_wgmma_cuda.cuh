@@ -3,6 +3,7 @@
 // mma.sync.m16n8k16, 16 rows a warp.
 #pragma once
 
+#include "device/cuda/tma.cuh"
 #include "device/cuda/wgmma.cuh"
 #include "ops/attention_cuda.cuh"
 
@@ -20,14 +21,119 @@ __device__ __forceinline__ void copy_async_4(uint32_t to, const void* from, bool
                  : "memory");
 }
 
-// Waits until the copies of this thread have arrived, and then until those of all threads have and
-// can be seen by the matrix unit. Warps may call it from different places.
-template <int kThreads>
-__device__ __forceinline__ void wait_for_tiles() {
-    copy_async_wait<0>();
-    fence_for_wgmma();
-    asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+// An arrival at a barrier in shared memory when all copies of this thread so far are there.
+__device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+#endif
 }
+
+// Keeps the assembler from moving what follows, a wait for the matrix unit, to before `value` is
+// known: a branch that is never taken, for no weight is negative. (With a trap in it the assembler
+// would not use the registers of raise_registers().)
+__device__ __forceinline__ void hold_until(float value) {
+    if (__any_sync(kFullWarp, value < 0.0f) != 0) {
+        asm volatile("nanosleep.u32 0;" ::: "memory");
+    }
+}
+
+// Two barriers of each place: `filled` when its bytes are there, `freed` when all warps that read
+// it have. Places are used in turn, so that the number of a use tells the place and the phase.
+template <int kPlaces, int kBytes>
+struct Places {
+    uint32_t first;
+    uint32_t barriers;
+
+    __device__ __forceinline__ uint32_t at(uint32_t use) const {
+        return first + use % kPlaces * kBytes;
+    }
+
+    __device__ __forceinline__ uint32_t filled(uint32_t use) const {
+        return barriers + 16 * (use % kPlaces);
+    }
+
+    // Arrivals: of those that fill a place (with mbarrier_expect or otherwise), and of warps.
+    __device__ __forceinline__ void init(uint32_t writers, uint32_t readers) const {
+        for (uint32_t i = 0; i < kPlaces; ++i) {
+            mbarrier_init(filled(i), writers);
+            mbarrier_init(filled(i) + 8, readers);
+        }
+    }
+
+    __device__ __forceinline__ void wait_filled(uint32_t use) const {
+        mbarrier_wait(filled(use), use / kPlaces & 1);
+    }
+
+    __device__ __forceinline__ void wait_freed(uint32_t use) const {
+        mbarrier_wait(filled(use) + 8, (use / kPlaces & 1) ^ 1);
+    }
+
+    // This warp has read it.
+    __device__ __forceinline__ void free(uint32_t use) const {
+        if ((threadIdx.x & 31) == 0) {
+            mbarrier_arrive(filled(use) + 8);
+        }
+    }
+};
+
+// Pieces of work, handed out to thread blocks one after the other: by a counter in global memory,
+// two words that are zero before and after (Stream::take_flag). In a block one warp takes a piece's
+// number and hands it on to the others through two places in shared memory; `count` or more ends.
+struct WorkQueue {
+    static constexpr int kBytes = 2 * 16 + 2 * 16;  // with barriers
+    Places<2, 16> numbers;
+
+    __device__ __forceinline__ explicit WorkQueue(uint32_t at) : numbers{at, at + 2 * 16} {}
+
+    __device__ __forceinline__ void init(uint32_t readers) const { numbers.init(1, readers); }
+
+    // The warp that takes them; run(number). The next one is asked for when run() returns, not
+    // before: who is busy with a long piece would keep another from those who are free.
+    template <typename Run>
+    __device__ __forceinline__ void hand_out(uint32_t* counter, uint32_t count, const Run& run)
+        const {
+        const bool leader = (threadIdx.x & 31) == 0;
+#pragma unroll 1
+        for (uint32_t use = 0;; ++use) {
+            uint32_t number = leader ? atomicAdd(counter, 1u) : 0;
+            number = __shfl_sync(kFullWarp, number, 0);
+            numbers.wait_freed(use);
+            if (leader) {
+                asm volatile("st.shared.u32 [%0], %1;" ::"r"(numbers.at(use)), "r"(number)
+                             : "memory");
+                mbarrier_arrive(numbers.filled(use));
+            }
+            if (number >= count) {
+                break;
+            }
+            run(static_cast<int32_t>(number));
+        }
+        if (leader && atomicAdd(counter + 1, 1u) == gridDim.x - 1) {  // All have taken their last.
+            counter[0] = 0;
+            counter[1] = 0;
+        }
+    }
+
+    // A warp that is handed them.
+    template <typename Run>
+    __device__ __forceinline__ void take(uint32_t count, const Run& run) const {
+#pragma unroll 1
+        for (uint32_t use = 0;; ++use) {
+            uint32_t number = 0;
+            numbers.wait_filled(use);
+            asm volatile("ld.shared.u32 %0, [%1];"
+                         : "=r"(number)
+                         : "r"(numbers.at(use))
+                         : "memory");
+            __syncwarp();
+            numbers.free(use);
+            if (number >= count) {
+                break;
+            }
+            run(static_cast<int32_t>(number));
+        }
+    }
+};
 
 // s = a b^T over the channels: 64 rows of a tile of kRowsA from `a` on, and all kRowsB rows of tile
 // b. One group of wgmma, committed.

@@ -21,6 +21,17 @@ CUtensorMap tensor_map_unswizzled(
     const void* data, int64_t rows, int64_t cols, int64_t row_bytes, int32_t box_rows
 );
 
+// The same for [pages, heads, tokens, channels] and boxes of 64 channels of one head's tokens in
+// `box_pages` pages, one row of 128 bytes after the other.
+CUtensorMap tensor_map_pages(
+    const void* data,
+    int64_t pages,
+    int64_t heads,
+    int64_t tokens,
+    int64_t channels,
+    int32_t box_pages
+);
+
 // Barriers are 8 bytes of shared memory, at a shared address. A phase ends when all arrivals and
 // all announced bytes are there.
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -119,7 +130,31 @@ __device__ __forceinline__ void copy_box(
 #endif
 }
 
-// The same into both blocks of a pair, at the same address and barrier in each.
+// The same of tensor_map_pages(), from page `page` and channel `channel` on.
+__device__ __forceinline__ void copy_pages(
+    uint32_t to,
+    const CUtensorMap& map,
+    int32_t page,
+    int32_t head,
+    int32_t channel,
+    uint32_t barrier
+) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+        "l"(&map),
+        "r"(channel),
+        "r"(0),
+        "r"(head),
+        "r"(page),
+        "r"(barrier)
+        : "memory"
+    );
+#endif
+}
+
+// copy_box() into both blocks of a pair, at the same address and barrier in each.
 __device__ __forceinline__ void copy_box_to_pair(
     uint32_t to, const CUtensorMap& map, int32_t row, int32_t col, uint32_t barrier
 ) {
