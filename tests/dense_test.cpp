@@ -113,6 +113,41 @@ TEST_P(Dense, AccumulatingAddsToWhatIsThere) {
     }
 }
 
+TEST_P(Dense, AGroupsGradientIsThatOfItsLayersTheLastOneFirst) {
+    Stream stream(device);
+    use_lora();
+    LinearParams plain = p;
+    plain.adapter = {};
+    const std::vector<LinearParams> params{p, plain, p};
+    auto other = random_bf16(kRows * kOut, 9);
+    const Tensor of_y = view(dy, {kRows, kOut});
+    const std::vector<Tensor> gradients{of_y, view(other, {kRows, kOut}), of_y};
+    const auto grads_at = [](std::vector<float>& sums) {
+        sums.assign(size_t{2} * (kRank * kIn + kOut * kRank), 0.0f);
+        std::vector<AdapterGrad> grads(3);
+        grads[0].lora_a = sums.data();
+        grads[0].lora_b = grads[0].lora_a + kRank * kIn;
+        grads[2].lora_a = grads[0].lora_b + kOut * kRank;
+        grads[2].lora_b = grads[2].lora_a + kRank * kIn;
+        return grads;
+    };
+    std::vector<float> together;
+    std::vector<float> apart;
+    std::vector<bf16> sum(x.size());
+    std::vector<bf16> one_by_one(x.size());
+    linear_group_backward(
+        stream, params, gradients, view(sum, {kRows, kIn}), false, grads_at(together)
+    );
+    const std::vector<AdapterGrad> grads = grads_at(apart);
+    for (const size_t i : {2, 1, 0}) {
+        const Tensor dx = view(one_by_one, {kRows, kIn});
+        linear_backward(stream, params[i], gradients[i], dx, i < 2, grads[i]);
+    }
+    EXPECT_TRUE(same_bits(sum.data(), one_by_one.data(), sum.size() * 2));
+    EXPECT_TRUE(same_bits(together.data(), apart.data(), together.size() * 4));
+    EXPECT_NE(together[0], 0.0f);
+}
+
 TEST_P(Dense, GradientSumsDoNotSeeWhereABatchWasCut) {
     Stream stream(device);
     const auto run = [&](int64_t cut, std::vector<float>& first, std::vector<float>& second) {

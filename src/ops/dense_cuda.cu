@@ -565,12 +565,20 @@ void linear_group_backward(
     if (dy[0].rows() == 0) {
         return;
     }
-    const ScratchScope scope(stream.scratch);
-    if (params[0].adapter.kind == AdapterKind::kOft) {
+    const auto is_oft = [](const LinearParams& p) { return p.adapter.kind == AdapterKind::kOft; };
+    const bool rotates = std::any_of(params.begin(), params.end(), is_oft);
+    if (rotates && params.size() > 1) {  // Each has an input of its own.
         for (size_t i = 0; i < params.size(); ++i) {
-            const ScratchScope one(stream.scratch);
-            oft_backward(stream, params[i], dy[i], dx, accumulate_dx || i > 0, grads[i]);
+            const bool accumulate = accumulate_dx || i > 0;
+            cuda::linear_group_backward(
+                stream, params.subspan(i, 1), dy.subspan(i, 1), dx, accumulate, grads.subspan(i, 1)
+            );
         }
+        return;
+    }
+    const ScratchScope scope(stream.scratch);
+    if (rotates) {
+        oft_backward(stream, params[0], dy[0], dx, accumulate_dx, grads[0]);
         return;
     }
     Tensor du[kMaxGroup];

@@ -19,6 +19,11 @@ struct Group {
     bool accumulates = false;  // d(x) holds something
     WeightFormat format = WeightFormat::kBF16;
     DType compute = DType::kBF16;
+    size_t plain = 0;  // so many layers, the first, have no adapter
+
+    AdapterKind adapter_of(size_t layer) const {
+        return layer < plain ? AdapterKind::kNone : adapter;
+    }
 };
 
 constexpr float kLoraScale = 0.5f;
@@ -95,14 +100,14 @@ Values reference(const Group& s, const Values& in) {
         add_product(dy, in[place(i, kData)], out, 1.0, through_base);
         Flat d_first = zeros(static_cast<int64_t>(first.size()));
         Flat d_second = zeros(static_cast<int64_t>(in[place(i, kSecond)].size()));
-        if (s.adapter == AdapterKind::kOft) {
+        if (s.adapter_of(i) == AdapterKind::kOft) {
             add_rotation(in[kX], first, through_base, s, dx, d_first);
         } else {
             for (size_t at = 0; at < dx.size(); ++at) {
                 dx[at] += through_base[at];
             }
         }
-        if (s.adapter == AdapterKind::kLora) {
+        if (s.adapter_of(i) == AdapterKind::kLora) {
             const auto scale = static_cast<double>(kLoraScale);
             Flat du = zeros(s.rows * s.adapter_size);
             add_product(dy, in[place(i, kSecond)], out, scale, du);
@@ -129,12 +134,12 @@ Values reference(const Group& s, const Values& in) {
 
 AdapterView adapter_of(const Group& s, const Tensors& in, size_t layer) {
     AdapterView view;
-    view.kind = s.adapter;
-    if (s.adapter == AdapterKind::kLora) {
+    view.kind = s.adapter_of(layer);
+    if (view.kind == AdapterKind::kLora) {
         view.lora_a = in[place(layer, kFirst)];
         view.lora_b = in[place(layer, kSecond)];
         view.lora_scale = kLoraScale;
-    } else if (s.adapter == AdapterKind::kOft) {
+    } else if (view.kind == AdapterKind::kOft) {
         view.oft_d = in[place(layer, kFirst)];
     }
     return view;
@@ -166,10 +171,10 @@ void run(
         params.push_back(p);
         dy.push_back(in[place(i, kDy)]);
         AdapterGrad grad;
-        if (s.adapter == AdapterKind::kLora) {
+        if (p.adapter.kind == AdapterKind::kLora) {
             grad.lora_a = d_first.as<float>();
             grad.lora_b = d_second.as<float>();
-        } else if (s.adapter == AdapterKind::kOft) {
+        } else if (p.adapter.kind == AdapterKind::kOft) {
             grad.oft_d = d_first.as<float>();
         }
         grads.push_back(grad);
@@ -187,6 +192,7 @@ std::string name_of(const Group& s) {
     } else if (s.adapter == AdapterKind::kOft) {
         name += fmt::format(" oft b{}", s.adapter_size);
     }
+    name += s.plain > 0 ? fmt::format(" but {}", s.plain) : "";
     name += s.accumulates ? " added" : "";
     name += s.format == WeightFormat::kInt4 ? " int4" : "";
     return name + (s.compute == DType::kF32 ? " (f32)" : "");
@@ -252,6 +258,11 @@ void add_linear_group_cases(CaseList& cases) {
         add_small({19, 27, {7, 33}, AdapterKind::kLora, 3, true});  // not in eights
         add_small({40, 96, {64, 48}, AdapterKind::kOft, 32, true});
         add_small({40, 96, {64, 48, 32}});
+        for (const AdapterKind kind : {AdapterKind::kLora, AdapterKind::kOft}) {
+            Group mixed{40, 96, {64, 48, 32}, kind, 16, true};
+            mixed.plain = 2;
+            add_small(mixed);
+        }
     }
     // One product for all layers: more tiles than multiprocessors, several stages of ranks, a
     // contraction in one piece and in several, edges in every direction.
@@ -262,6 +273,9 @@ void add_linear_group_cases(CaseList& cases) {
     add({1100, 1088, {264, 256, 312}, AdapterKind::kLora, 4, false}, true);
     add({1100, 1088, {264, 256}, AdapterKind::kLora, 72, false}, true);  // one after the other
     add({1100, 1088, {256, 288}, AdapterKind::kLora, 16, true, WeightFormat::kInt4}, true);
+    Group mixed{1100, 1088, {264, 256}, AdapterKind::kLora, 16, true};
+    mixed.plain = 1;
+    add(mixed, true);
     add({600, 256, {8200, 4104}, AdapterKind::kLora, 16, false}, true);  // wide ranges of columns
 }
 
