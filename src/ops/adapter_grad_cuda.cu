@@ -1,7 +1,7 @@
 // Gradients of LoRA's factors, and of its low-rank values, on tensor cores. Reading the activations
 // [tokens, width] is all the work, so a thread block makes all it can of what it has read. Sums
-// over tokens are formed in ranges of kGradientTokens, those over columns in ranges of kWindows
-// windows, both in ascending order; the partial sums are added in ascending order too.
+// over tokens are formed in ranges of kGradientTokens, those over columns in ranges of
+// gradient_columns(), both in ascending order; the partial sums are added in ascending order too.
 #include <algorithm>
 
 #include "ops/dense_cuda.cuh"
@@ -206,9 +206,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 // ---- what is made of an output's gradient -------------------------------------------------------
 
-constexpr int kWindows = 4;  // of a thread block at the most, which reads kGradientTokens tokens
-constexpr int kColumns = kWindows * kWindow;
-constexpr int64_t kManyColumns = 8192;  // of all gradients; of fewer, a block has half as many
+constexpr int kColumns = 512;  // of a thread block at the most: gradient_columns()
 
 struct OutputShared {
     static constexpr int kU = kStages * kTileBytes;               // all of the block's tokens
@@ -524,14 +522,16 @@ void low_rank_gradients(Stream& stream, std::span<const LowRankGradient> gradien
     int32_t pieces = 0;
     for (const LowRankGradient& g : gradients) {
         CHECK(g.wide == first.wide && g.width == first.width && g.rows == first.rows);
-        PartialSums& sum = sums[group.count];
-        sum.count = static_cast<int64_t>(g.width) * g.rank;
-        sum.num_partials = static_cast<int32_t>(ranges);
-        sum.scale = g.scale;
-        sum.grad = g.grad;
-        group.partial[group.count] = take_floats(stream, ranges * sum.count);
-        sum.partial = group.partial[group.count];
-        group.of[group.count++] = g;
+        const int64_t factor = int64_t{g.width} * g.rank;
+        const int32_t i = group.count++;
+        group.of[i] = g;
+        group.partial[i] = take_floats(stream, ranges * factor);
+        sums[i] = {
+            .partial = group.partial[i],
+            .count = factor,
+            .num_partials = static_cast<int32_t>(ranges),
+            .scale = g.scale,
+            .grad = g.grad};
         pieces += g.narrow_ld / kRank;
     }
     group.together = std::min(pieces, kTogether);
@@ -560,31 +560,33 @@ void lora_output_gradients(
     for (const LoraOutputGradient& g : gradients) {
         columns += g.width;
     }
-    group.windows = columns < kManyColumns ? kWindows / 2 : kWindows;
+    const int32_t in_range = gradient_columns(columns);
+    CHECK(in_range <= kColumns && in_range % kWindow == 0);
+    group.windows = in_range / kWindow;
     PartialSums sums[kMaxSums];
     size_t num_sums = 0;
     for (const LoraOutputGradient& g : gradients) {
         CHECK(fits_output_gradient(g) && g.ld % kRank == 0);
-        const int64_t column_ranges = ceil_div(g.width, group.windows * kWindow);
+        const int64_t column_ranges = ceil_div(g.width, in_range);
         const int64_t low_rank = int64_t{rows} * g.ld;
         const int64_t factor = int64_t{g.width} * g.rank;
         const int32_t i = group.count++;
         group.of[i] = g;
         group.du_partial[i] = take_floats(stream, column_ranges * low_rank);
-        PartialSums& du = sums[num_sums++];
-        du.partial = group.du_partial[i];
-        du.num_partials = static_cast<int32_t>(column_ranges);
-        du.count = low_rank;
-        du.scale = g.scale;
-        du.rounded = g.du;
+        sums[num_sums++] = {
+            .partial = group.du_partial[i],
+            .count = low_rank,
+            .num_partials = static_cast<int32_t>(column_ranges),
+            .scale = g.scale,
+            .rounded = g.du};
         if (g.grad_b != nullptr) {
             group.b_partial[i] = take_floats(stream, token_ranges * factor);
-            PartialSums& db = sums[num_sums++];
-            db.partial = group.b_partial[i];
-            db.num_partials = static_cast<int32_t>(token_ranges);
-            db.count = factor;
-            db.scale = g.scale;
-            db.grad = g.grad_b;
+            sums[num_sums++] = {
+                .partial = group.b_partial[i],
+                .count = factor,
+                .num_partials = static_cast<int32_t>(token_ranges),
+                .scale = g.scale,
+                .grad = g.grad_b};
         }
         group.first_block[i + 1] =
             group.first_block[i] + static_cast<int32_t>(column_ranges * (g.ld / kRank));

@@ -4,6 +4,7 @@
 #include <span>
 
 #include "device/cuda/check.cuh"
+#include "ops/gradient_ranges.h"
 #include "ops/matmul_cuda.cuh"
 #include "ops/norm_cuda.cuh"
 
@@ -104,15 +105,6 @@ struct PartialSums {
 
 // Up to 2 kMaxGroup of them in one launch.
 void add_partials(cudaStream_t queue, std::span<const PartialSums> sums);
-
-// args[0].epilogue's y = the sum of all products, each with its LoRA, by the member for many rows
-// of bf16 weights on Hopper (Direction::kBackward, matmul_tma_cuda.cu). False: it does not take
-// them, and nothing was launched.
-bool matmul_sum(cudaStream_t queue, const MatmulGroup& group);
-
-// Token ranges whose sums are formed separately and added in order: fixed, so that the result does
-// not depend on the grid.
-constexpr int32_t kGradientTokens = 512;
 
 // Fragment of the transpose of a [k][m] tile in shared memory: 16 columns from `granule` on (8
 // columns each), rows k..k+15; the M side of the instruction.

@@ -589,11 +589,11 @@ void launch_rotation_gradient(
     const dim3 grid(grid_dim(ceil_div(width, kWindow)), grid_dim_yz(splits));
     kernel<<<grid, kGradThreads, kGradShared, queue>>>(x, dxr, rows, width, partial);
     LAUNCH_CHECK();
-    PartialSums sums;
-    sums.partial = partial;
-    sums.count = count;
-    sums.num_partials = static_cast<int32_t>(splits);
-    sums.grad = grad;
+    const PartialSums sums{
+        .partial = partial,
+        .count = count,
+        .num_partials = static_cast<int32_t>(splits),
+        .grad = grad};
     add_partials(queue, {&sums, 1});
 }
 

@@ -9,6 +9,7 @@
 #include "ops/batch.h"
 #include "ops/decoded_weights.h"
 #include "ops/dense_matmul.h"
+#include "ops/gradient_ranges.h"
 #include "ops/head_chunk.h"
 #include "ops/moe.h"
 
@@ -261,11 +262,10 @@ class GpuLinear {
         for (const Site& s : sites) {
             columns += s.kind == AdapterKind::kLora ? s.out : 0;
         }
-        const int64_t in_range = columns < 8192 ? 256 : 512;
         const Scope scope(meter_);
         for (const Site& s : sites) {
             if (s.kind == AdapterKind::kLora) {
-                partials(ceil_div(s.out, in_range), rows_ * round_up(s.rank, 16));
+                partials(ceil_div(s.out, gradient_columns(columns)), rows_ * round_up(s.rank, 16));
                 partials(ranges(), s.out * s.rank);
             }
         }
@@ -279,10 +279,7 @@ class GpuLinear {
         }
     }
 
-    int64_t ranges() const {
-        constexpr int64_t kGradientTokens = 512;
-        return ceil_div(rows_, kGradientTokens);
-    }
+    int64_t ranges() const { return ceil_div(rows_, kGradientTokens); }
 
     void partials(int64_t num, int64_t count) {
         if (!grouped_) {
