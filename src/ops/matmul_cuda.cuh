@@ -254,6 +254,13 @@ int32_t num_segments(int64_t k, int32_t segment);
 
 enum class Direction : uint8_t { kForward, kBackward };
 
+// Rows of both operands start at 16 bytes, and the weight's columns are multiples of `unit`, at
+// least 8.
+inline bool is_aligned(const MatmulArgs& a, int32_t unit) {
+    const auto address = reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.w.data);
+    return address % 16 == 0 && a.k % 8 == 0 && a.ldx % 8 == 0 && a.w.cols % unit == 0;
+}
+
 bool has_wgmma();               // of the current device: Hopper
 int64_t shared_memory_limit();  // of the current device: bytes that one thread block may have
 
@@ -271,6 +278,10 @@ void weight_matmul(Stream& stream, WeightFormat format, Direction direction, Mat
 // products, whose operands are known to be aligned.
 bool fits_pairs(const MatmulGroup& group);
 void matmul_pairs(cudaStream_t queue, Direction direction, const MatmulGroup& group);
+
+// The same member: args[0].epilogue's y = the sum of all products, each with its LoRA
+// (Direction::kBackward). False: it does not take them, and nothing was launched.
+bool matmul_sum(cudaStream_t queue, const MatmulGroup& group);
 
 // Rows [begin, begin + count) of a packed weight; begin is a multiple of 128.
 WeightView rows_of_weight(WeightView w, WeightFormat format, int64_t begin, int64_t count);

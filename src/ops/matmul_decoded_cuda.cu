@@ -172,10 +172,8 @@ bool fits_decoded(WeightFormat format, const MatmulGroup& group) {
     }
     for (int32_t i = 0; i < group.count; ++i) {
         const MatmulArgs& a = group.args[i];
-        const auto address =
-            reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.w.data);
-        if (address % 16 != 0 || a.ldx % 8 != 0 || a.k % 8 != 0 || a.w.cols % 32 != 0 ||
-            a.epilogue.columns != a.n || kOutputStep * output_bytes(a) > kDecodedBytes) {
+        if (!is_aligned(a, 32) || a.epilogue.columns != a.n ||
+            kOutputStep * output_bytes(a) > kDecodedBytes) {
             return false;
         }
     }

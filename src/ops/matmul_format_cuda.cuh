@@ -216,11 +216,6 @@ void launch_best_tile(cudaStream_t queue, MatmulGroup& group) {
     constexpr int64_t kEnoughWide = 64;     // large tiles pay earlier
     // LoRA's narrow side: reading x is all the work.
     const bool narrow = widest(group) <= TinyTile::kN;
-    if constexpr (kBackward && kFormat == WeightFormat::kBF16) {
-        if (narrow) {
-            return launch_tile<TinyBackwardTile, kFormat, true, kSegmented>(queue, group);
-        }
-    }
     if constexpr (kFormat == WeightFormat::kBF16) {
         constexpr auto kDirection = kBackward ? Direction::kBackward : Direction::kForward;
         if (!narrow && fits_pairs(group)) {
@@ -266,11 +261,7 @@ void matmul_format(cudaStream_t queue, Direction direction, MatmulGroup& group) 
     bool segmented = false;
     for (int32_t i = 0; i < group.count; ++i) {
         const MatmulArgs& a = group.args[i];
-        const auto address =
-            reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.w.data);
-        constexpr int32_t kUnit = kFormat == WeightFormat::kBF16 ? 8 : 32;  // of a row's columns
-        aligned =
-            aligned && a.k % 8 == 0 && a.ldx % 8 == 0 && a.w.cols % kUnit == 0 && address % 16 == 0;
+        aligned = aligned && is_aligned(a, kFormat == WeightFormat::kBF16 ? 8 : 32);
         segmented = segmented || a.segment < a.k;
     }
     const bool forward = direction == Direction::kForward;

@@ -779,7 +779,6 @@ using WideTile = TileShape<128, 128, 2, 4, 4>;
 using MediumTile = TileShape<64, 64, 2, 2, 4>;
 using NarrowTile = TileShape<64, 32, 2, 2, 4>;
 using TinyTile = TileShape<64, 16, 4, 1, 4>;
-using TinyBackwardTile = TileShape<64, 16, 4, 1, 4, 64>;
 using NarrowBackwardTile = TileShape<64, 32, 2, 2, 4, 64>;
 using BroadTile = TileShape<64, 128, 2, 4, 4>;
 // Of LoRA's low-rank side, by blocks that each read little: a deep ring hides the latency.

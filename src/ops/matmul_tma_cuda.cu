@@ -2,7 +2,8 @@
 // above the other, make a pair: each multiplies a tile of 128 rows and shares its half of the
 // weight's tile with the other. In a block one thread keeps a ring of stages full with tensor
 // copies, and two warp groups of 64 rows each multiply what is there. Blocks stay for all of their
-// tiles, so that the next tile's operands arrive while one is stored.
+// tiles, so that the next tile's operands arrive while one is stored. Products that are added up go
+// through a tile one after the other, and end once.
 //
 // The bits are those of the other members: k16 steps in ascending order, segments added up in
 // ascending order, LoRA's product in a chain of its own, then the epilogue's order.
@@ -634,8 +635,8 @@ void launch_best_pairs(
     }
 }
 
-// But for the number of tiles.
-bool fits_pair(const MatmulArgs& a) {
+// fits_pairs() of one product, but for the number of tiles.
+bool fits_in_shape(const MatmulArgs& a) {
     const Epilogue& e = a.epilogue;
     const auto lora = reinterpret_cast<uintptr_t>(e.lora_u) | reinterpret_cast<uintptr_t>(e.lora_b);
     return a.k >= kMinDepth && e.ldu <= kMaxRank && lora % 16 == 0 && e.ldb % 8 == 0 &&
@@ -653,7 +654,7 @@ bool fits_pairs(const MatmulGroup& group) {
     for (int32_t i = 0; i < group.count; ++i) {
         const MatmulArgs& a = group.args[i];
         tiles += ceil_div(a.m, kTileM) * ceil_div(a.epilogue.columns, 128);
-        if (!fits_pair(a)) {
+        if (!fits_in_shape(a)) {
             return false;
         }
     }
@@ -679,10 +680,8 @@ bool matmul_sum(cudaStream_t queue, const MatmulGroup& group) {
     int64_t depth = 0;
     for (int32_t i = 0; i < group.count; ++i) {
         const MatmulArgs& a = group.args[i];
-        const auto address =
-            reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.w.data);
-        if (!fits_pair(a) || address % 16 != 0 || a.ldx % 8 != 0 || a.w.cols % 8 != 0 ||
-            a.epilogue.ldu != first.epilogue.ldu || a.epilogue.ldu > kTileK) {
+        if (!is_aligned(a, 8) || !fits_in_shape(a) || a.epilogue.ldu != first.epilogue.ldu ||
+            a.epilogue.ldu > kTileK) {
             return false;
         }
         CHECK(a.m == first.m && a.n == first.n);

@@ -25,8 +25,9 @@ __device__ __forceinline__ float exp_f32(float x) {
     p = __fmaf_rn(p, r, 0.5f);
     p = __fmaf_rn(p, r, 1.0f);
     p = __fmaf_rn(p, r, 1.0f);
-    // p 2^n: n, the low bits of `shifted`, goes to the exponent. Nowhere does that leave the normal
-    // numbers, as all floats were tried.
+    // p 2^n: n, the low bits of `shifted`, goes to the exponent. 0.7 < p < 1.42 and -126 <= n <=
+    // 128; at 128 r is below zero and p below one, at -126 above both, so the result is a normal
+    // number.
     float result = __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
     result = x < -87.33f ? 0.0f : result;
     result = x > 88.72f ? __uint_as_float(0x7f800000u) : result;
