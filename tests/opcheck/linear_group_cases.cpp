@@ -54,19 +54,16 @@ void add_product(const Flat& a, const Flat& b, int64_t k, double scale, Flat& c)
     }
 }
 
-// c[m, n] += scale a[k, m]^T b[k, n].
-void add_outer(const Flat& a, const Flat& b, int64_t k, double scale, Flat& c) {
-    const auto depth = static_cast<size_t>(k);
-    const size_t rows = a.size() / depth;
-    const size_t width = b.size() / depth;
-    for (size_t t = 0; t < depth; ++t) {
-        for (size_t i = 0; i < rows; ++i) {
-            const double value = scale * a[t * rows + i];
-            for (size_t o = 0; o < width; ++o) {
-                c[i * width + o] += value * b[t * width + o];
-            }
+Flat transposed(const Flat& a, int64_t cols) {
+    const auto width = static_cast<size_t>(cols);
+    const size_t rows = a.size() / width;
+    Flat t(a.size());
+    for (size_t i = 0; i < rows; ++i) {
+        for (size_t j = 0; j < width; ++j) {
+            t[j * rows + i] = a[i * width + j];
         }
     }
+    return t;
 }
 
 // Through the rotation x + x D of `g`, the gradient of its result: to dx, and dD.
@@ -112,18 +109,10 @@ Values reference(const Group& s, const Values& in) {
             Flat du = zeros(s.rows * s.adapter_size);
             add_product(dy, in[place(i, kSecond)], out, scale, du);
             add_product(du, first, s.adapter_size, 1.0, dx);
-            add_outer(du, in[kX], s.rows, 1.0, d_first);
-            Flat u = zeros(s.rows * s.adapter_size);  // x A^T, A being [rank, in]
-            for (int64_t t = 0; t < s.rows; ++t) {
-                for (int64_t j = 0; j < s.adapter_size; ++j) {
-                    for (int64_t k = 0; k < s.in; ++k) {
-                        u[static_cast<size_t>(t * s.adapter_size + j)] +=
-                            in[kX][static_cast<size_t>(t * s.in + k)] *
-                            first[static_cast<size_t>(j * s.in + k)];
-                    }
-                }
-            }
-            add_outer(dy, u, s.rows, scale, d_second);
+            add_product(transposed(du, s.adapter_size), in[kX], s.rows, 1.0, d_first);
+            Flat u = zeros(s.rows * s.adapter_size);
+            add_product(in[kX], transposed(first, s.in), s.in, 1.0, u);
+            add_product(transposed(dy, out), u, s.rows, scale, d_second);
         }
         all.push_back(d_first);
         all.push_back(d_second);
