@@ -90,6 +90,11 @@ void Pass::keep_lora_u(LinearParams& p) const {
     }
 }
 
+// Where the gradient of this layer's adapter, if it has one, is added up.
+AdapterGrad Pass::gradient_of(const LinearParams& p, int32_t site) const {
+    return p.adapter.kind == AdapterKind::kNone ? AdapterGrad{} : adapter->gradient(site);
+}
+
 void Pass::record_linear(const LinearParams& p, int32_t site, Tensor y) {
     if (tape == nullptr) {
         return;
@@ -97,9 +102,7 @@ void Pass::record_linear(const LinearParams& p, int32_t site, Tensor y) {
     tape->record([this, p, y, site](Tape& t) {
         const Tensor dy = t.of_output(y);
         const auto dx = t.of_input(p.x);
-        const AdapterGrad grad =
-            p.adapter.kind == AdapterKind::kNone ? AdapterGrad{} : adapter->gradient(site);
-        linear_backward(stream, p, dy, dx.grad, dx.accumulate, grad);
+        linear_backward(stream, p, dy, dx.grad, dx.accumulate, gradient_of(p, site));
         if (p.residual.defined()) {
             t.alias(p.residual, dy);  // d residual = dy, and dy is not needed any more
         }
@@ -163,8 +166,7 @@ std::vector<Tensor> Pass::linears(Tensor x, std::initializer_list<const LinearWe
             std::vector<AdapterGrad> grads;
             for (size_t i = 0; i < params.size(); ++i) {
                 dy.push_back(t.of_output(outputs[i]));
-                const bool adapted = params[i].adapter.kind != AdapterKind::kNone;
-                grads.push_back(adapted ? adapter->gradient(sites[i]) : AdapterGrad{});
+                grads.push_back(gradient_of(params[i], sites[i]));
             }
             const auto dx = t.of_input(params[0].x);
             linear_group_backward(stream, params, dy, dx.grad, dx.accumulate, grads);

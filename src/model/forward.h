@@ -94,6 +94,7 @@ struct Pass {
     AdapterView adapter_of(const LinearWeights& weights) const;
     LinearParams linear_params(Tensor x, const LinearWeights& weights) const;
     void keep_lora_u(LinearParams& p) const;  // for backward, with a tape
+    AdapterGrad gradient_of(const LinearParams& p, int32_t site) const;
     void record_linear(const LinearParams& p, int32_t site, Tensor y);
     // `adapters`: empty, lives as long as what is returned.
     GroupedLinearParams grouped_params(
