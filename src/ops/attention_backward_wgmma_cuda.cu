@@ -50,11 +50,6 @@ __device__ __forceinline__ bool find_piece(
     return true;
 }
 
-// The row of a group's 64 that a lane's fragments have in c = 0, 1; c = 2, 3 are eight further on.
-__device__ __forceinline__ int32_t lane_row() {
-    return static_cast<int32_t>((threadIdx.x >> 5 & 3) * 16 + (threadIdx.x & 31) / 4);
-}
-
 template <int kHeadDim>
 __device__ __forceinline__ void store_scaled(
     bf16* to, float (&acc)[kHeadDim / 8][4], float scale, int half
@@ -523,17 +518,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
-template <typename Pipes>
-void launch_pass(Stream& stream, void (*kernel)(PassArgs), PassArgs args, int32_t heads) {
-    args.counter = stream.take_flag();
-    allow_shared_memory(kernel, Pipes::kBytes);
-    const int64_t pieces = int64_t{args.row_blocks} * heads;
-    CHECK_LT(pieces, int64_t{1} << 31);
-    const dim3 grid(grid_dim(std::min<int64_t>(pieces, device_limits().multiprocessors)));
-    kernel<<<grid, kThreads, Pipes::kBytes, queue_of(stream)>>>(args);
-    LAUNCH_CHECK();
-}
-
 template <int kHeadDim>
 void launch(Stream& stream, const BackwardArgs& a) {
     PassArgs args{};
@@ -546,8 +530,23 @@ void launch(Stream& stream, const BackwardArgs& a) {
     args.d_o = map(a.d_o, a.heads);
     args.k = map(a.k, a.kv_heads);
     args.v = map(a.v, a.kv_heads);
-    launch_pass<QueryPipes<kHeadDim>>(stream, dq_wgmma_kernel<kHeadDim>, args, a.heads);
-    launch_pass<KeyPipes<kHeadDim>>(stream, dkv_wgmma_kernel<kHeadDim>, args, a.kv_heads);
+    const int64_t blocks = args.row_blocks;
+    launch_pieces(
+        stream,
+        dq_wgmma_kernel<kHeadDim>,
+        args,
+        blocks * a.heads,
+        kThreads,
+        QueryPipes<kHeadDim>::kBytes
+    );
+    launch_pieces(
+        stream,
+        dkv_wgmma_kernel<kHeadDim>,
+        args,
+        blocks * a.kv_heads,
+        kThreads,
+        KeyPipes<kHeadDim>::kBytes
+    );
 }
 
 }  // namespace

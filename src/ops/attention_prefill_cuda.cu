@@ -261,7 +261,7 @@ __device__ __forceinline__ void attend(
         const int32_t tiles = group_row0 < piece.length ? seen / kKeyTile + 1 : 1;
         const int32_t unseen = piece.tiles - tiles;
         const int32_t first_row =  // of the lane's two
-            group_row0 + static_cast<int32_t>((threadIdx.x >> 5 & 3) * 16 + (threadIdx.x & 31) / 4);
+            group_row0 + lane_row();
         const int32_t head_row0 = (piece.begin + first_row) * a.heads + piece.head;
         int32_t position[2];  // of rows g and g + 8; -1 for padding
 #pragma unroll
@@ -370,9 +370,9 @@ PageMaps page_maps(const bf16* data, int64_t pages, int64_t kv_heads, int64_t he
 }
 
 template <int kHeadDim, int kGroups>
-void launch(cudaStream_t queue, const AttentionArgs& a, int64_t pages, uint32_t* counter) {
+void launch(Stream& stream, const AttentionArgs& a, int64_t pages) {
     using Shared = PrefillShared<kHeadDim, kGroups>;
-    PrefillArgs args;
+    PrefillArgs args{};
     args.a = a;
     CHECK_LT(int64_t{a.num_tokens} * a.heads, int64_t{1} << 31);  // rows of heads, in 32 bits
     const int64_t q_cols = int64_t{a.heads} * kHeadDim;
@@ -380,26 +380,24 @@ void launch(cudaStream_t queue, const AttentionArgs& a, int64_t pages, uint32_t*
     args.pages = static_cast<int32_t>(pages);
     args.k = page_maps(a.k_pages, pages, a.kv_heads, kHeadDim);
     args.v = page_maps(a.v_pages, pages, a.kv_heads, kHeadDim);
-    args.counter = counter;
     args.row_blocks = a.num_tokens / Shared::kRows + a.num_sequences;
-    const auto kernel = prefill_wgmma_kernel<kHeadDim, kGroups>;
-    allow_shared_memory(kernel, Shared::kBytes);
-    const int64_t pieces = int64_t{args.row_blocks} * a.heads;
-    CHECK_LT(pieces, int64_t{1} << 31);
-    const dim3 grid(grid_dim(std::min<int64_t>(pieces, device_limits().multiprocessors)));
-    kernel<<<grid, 128 * (kGroups + 1), Shared::kBytes, queue>>>(args);
-    LAUNCH_CHECK();
+    launch_pieces(
+        stream,
+        prefill_wgmma_kernel<kHeadDim, kGroups>,
+        args,
+        int64_t{args.row_blocks} * a.heads,
+        128 * (kGroups + 1),
+        Shared::kBytes
+    );
 }
 
 }  // namespace
 
 void launch_prefill_wgmma(Stream& stream, const AttentionArgs& a, int64_t head_dim, int64_t pages) {
-    const cudaStream_t queue = queue_of(stream);
-    uint32_t* counter = stream.take_flag();
     if (head_dim == 64) {
-        launch<64, 3>(queue, a, pages, counter);
+        launch<64, 3>(stream, a, pages);
     } else {
-        launch<128, 2>(queue, a, pages, counter);
+        launch<128, 2>(stream, a, pages);
     }
 }
 

@@ -14,6 +14,11 @@ __device__ __forceinline__ int warp_group() {
     return __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x >> 7), 0);
 }
 
+// The row of a group's 64 that a lane's fragments have in c = 0, 1; c = 2, 3 are eight further on.
+__device__ __forceinline__ int32_t lane_row() {
+    return static_cast<int32_t>((threadIdx.x >> 5 & 3) * 16 + (threadIdx.x & 31) / 4);
+}
+
 // Copies four bytes into shared memory; zeros when !valid (the source is then not read).
 __device__ __forceinline__ void copy_async_4(uint32_t to, const void* from, bool valid) {
     const int size = valid ? 4 : 0;
@@ -134,6 +139,25 @@ struct WorkQueue {
         }
     }
 };
+
+// Starts a kernel whose blocks share out `pieces` of work by Args::counter: no more blocks than run
+// at once.
+template <typename Args>
+void launch_pieces(
+    Stream& stream,
+    void (*kernel)(Args),
+    Args args,
+    int64_t pieces,
+    unsigned threads,
+    size_t shared_bytes
+) {
+    CHECK_LT(pieces, int64_t{1} << 31);
+    args.counter = stream.take_flag();
+    allow_shared_memory(kernel, shared_bytes);
+    const dim3 grid(grid_dim(std::min<int64_t>(pieces, device_limits().multiprocessors)));
+    kernel<<<grid, threads, shared_bytes, queue_of(stream)>>>(args);
+    LAUNCH_CHECK();
+}
 
 // s = a b^T over the channels: 64 rows of a tile of kRowsA from `a` on, and all kRowsB rows of tile
 // b. One group of wgmma, committed.
