@@ -470,6 +470,21 @@ void run_beside(Stream& stream, MatmulGroup& narrow, WeightFormat format, Matmul
     }
 }
 
+// LoRA's narrow products as a part of the wide ones, where they can be and nobody else reads u.
+bool take_narrow(
+    std::span<const LinearParams> params, const MatmulGroup& narrow, MatmulGroup& wide
+) {
+    const bool takes = std::all_of(params.begin(), params.end(), [](const LinearParams& p) {
+        return p.w.format == WeightFormat::kBF16 && !p.lora_u.defined();
+    });
+    if (!takes || !one_row_makes_u(narrow, wide)) {
+        return false;
+    }
+    wide.makes_u = true;
+    std::copy_n(narrow.args, narrow.count, wide.args + wide.count);
+    return true;
+}
+
 // Gate and up as one product; what it has left in y.
 SwigluResult multiply_swiglu(
     Stream& stream, WeightFormat format, MatmulGroup& group, const Tensor& y, const Tensor& oft_d
@@ -520,7 +535,7 @@ SwigluResult run_linears(
     };
     for (size_t i = 0; i < params.size(); ++i) {
         MatmulGroup alike = take_alike(i);
-        if (i == 0 && shrinks.count > 0) {
+        if (i == 0 && shrinks.count > 0 && !take_narrow(params, shrinks, alike)) {
             run_beside(stream, shrinks, params[0].w.format, alike);
             matmul_group(queue_of(stream), WeightFormat::kBF16, Direction::kForward, shrinks);
         }

@@ -71,6 +71,9 @@ struct MatmulGroup {
     const bf16* swiglu_d = nullptr;
     // LoRA's narrow products: there are multiprocessors for a block of every 32 rows and segment.
     bool spreads = false;
+    // LoRA's narrow products follow the wide ones, args[count + i] that of args[i], and each block
+    // makes what it needs of u, which is not stored: one_row_makes_u().
+    bool makes_u = false;
     bool squares_left = false;  // set by the launch: Epilogue::squares are there
 };
 

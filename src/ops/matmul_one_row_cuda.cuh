@@ -345,22 +345,26 @@ struct OneRowEnd {
         }
     }
 
-    // sums[i]: of row g + 8 i, in the lanes 4 g. They become what is stored.
-    __device__ __forceinline__ void finish(const MatmulArgs& a, int32_t row0, float (&sums)[2]) {
-        const Epilogue& e = a.epilogue;
-        float low_rank[4] = {};
-        if (e.lora_u != nullptr) {
+    // u b^T of the rows, in the lanes 4 g.
+    __device__ __forceinline__ void multiply_low_rank(
+        const MatmulArgs& a, int32_t row0, float (&low_rank)[4]
+    ) {
 #pragma unroll 1
-            for (int32_t k = 0;;) {
-                lora.load_u(a, 0, k);
-                mma_16816(low_rank, lora.b, lora.u[0][0], lora.u[0][1]);
-                k += 16;
-                if (k >= e.ldu) {
-                    break;
-                }
-                load_b(a, row0, k);
+        for (int32_t k = 0;;) {
+            lora.load_u(a, 0, k);
+            mma_16816(low_rank, lora.b, lora.u[0][0], lora.u[0][1]);
+            k += 16;
+            if (k >= a.epilogue.ldu) {
+                break;
             }
+            load_b(a, row0, k);
         }
+    }
+
+    // sums[i]: of row g + 8 i, in the lanes 4 g. They become what is stored.
+    __device__ __forceinline__ void finish(
+        const Epilogue& e, const float (&low_rank)[4], float (&sums)[2]
+    ) const {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             sums[i] = add_lora(e, sums[i], low_rank[2 * i]);
@@ -393,17 +397,36 @@ struct OneRowEnd {
 constexpr int kOneRowWarps = 4;
 
 // The sums of each warp of a block, in shared memory.
+template <int kWarps>
 struct OneRowShares {
-    float of_row[kOneRowWarps][kDecodeRows];
+    float of_row[kWarps][kDecodeRows];
 
-    // Then for all warps to read.
-    __device__ __forceinline__ void publish(int warp, const float (&sums)[2]) {
+    // Read by other warps after the next barrier.
+    __device__ __forceinline__ void put(int warp, const float (&sums)[2]) {
         const int lane = static_cast<int>(threadIdx.x) & 31;
         if ((lane & 3) == 0) {
             of_row[warp][lane / 4] = sums[0];
             of_row[warp][lane / 4 + 8] = sums[1];
         }
-        __syncthreads();
+    }
+
+    // LoRA's u of the sums that `segments` warps from `first` on have put, as the N side takes it.
+    __device__ __forceinline__ uint2 low_rank_input(int first, int segments, int32_t rank) const {
+        const int column = 2 * (static_cast<int>(threadIdx.x) & 3);
+        float u[2][2];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int k = column + i / 2 * 8 + i % 2;
+            float sum = of_row[first][k];
+            if (segments > 1) {
+                sum = __fadd_rn(0.0f, sum);
+                for (int s = 1; s < segments; ++s) {
+                    sum = __fadd_rn(sum, of_row[first + s][k]);
+                }
+            }
+            u[i / 2][i % 2] = k < rank ? sum : 0.0f;
+        }
+        return uint2{pack_bf16(u[0][0], u[0][1]), pack_bf16(u[1][0], u[1][1])};
     }
 
     // Those of kSegments warps in ascending order.
@@ -488,27 +511,35 @@ __device__ __forceinline__ uint32_t ask_for_x(const MatmulArgs& a) {
     return asked;
 }
 
+// Warps of a block that has LoRA's narrow products to itself (MatmulGroup::makes_u): one for each
+// segment, or for the two inputs of swiglu.
+constexpr int kWarpsWithU = 2 * kOneRowWarps;
+
 // Warps side by side share 16 weight rows: those of the segments, or with swiglu gate's and up's.
-template <WeightFormat kFormat, int kStages>
-__global__ void __launch_bounds__(kOneRowWarps * 32)
+// With kMakesU warps from kOneRowWarps on multiply LoRA's narrow weight, each block for itself.
+template <WeightFormat kFormat, int kStages, bool kMakesU>
+__global__ void __launch_bounds__((kMakesU ? kWarpsWithU : kOneRowWarps) * 32)
     matmul_one_row_kernel(const __grid_constant__ MatmulGroup group) {
     extern __shared__ __align__(1024) char shared[];
-    __shared__ OneRowShares shares;
+    __shared__ OneRowShares<kMakesU ? kWarpsWithU : kOneRowWarps> shares;
     __shared__ __align__(16) OneRowRotation rotation;
     using Layout = OneRowLayout<kFormat>;
     int32_t block = 0;
     const MatmulArgs& own = product_of_block(group, block);
     const int warp = static_cast<int>(threadIdx.x) / 32;
+    const bool makes_u = kMakesU && warp >= kOneRowWarps;
     const bool swiglu = group.swiglu != nullptr;
-    const MatmulArgs& a = swiglu ? group.args[warp & 1] : own;
+    const MatmulArgs& wide = swiglu ? group.args[warp & 1] : own;
+    const MatmulArgs& a = makes_u ? (&wide)[group.count] : wide;
     const bool cut = a.segment < a.k;
     const int sharing = swiglu ? 2 : cut ? kSegments : 1;
     const int share = warp % sharing;
-    const int32_t row0 = (block * (kOneRowWarps / sharing) + warp / sharing) * kDecodeRows;
+    const int32_t row0 =
+        makes_u ? 0 : (block * (kOneRowWarps / sharing) + warp / sharing) * kDecodeRows;
     const int32_t k_begin = cut ? share * a.segment : 0;
     const int32_t k_end = cut ? min(a.k, k_begin + a.segment) : a.k;
     const bool works = row0 < a.epilogue.columns;
-    const bool ends = works && (swiglu || share == 0);
+    const bool ends = works && !makes_u && (swiglu || share == 0);
     const int32_t chunks = works ? (k_end - k_begin) / Layout::kChunk : 0;
     if (!a.releases_late) {
         release_successor();
@@ -516,7 +547,7 @@ __global__ void __launch_bounds__(kOneRowWarps * 32)
     OneRowStream<kFormat, kStages> stream(
         a, row0, k_begin, chunks, shared + warp * kStages * Layout::kStageBytes
     );
-    if (group.swiglu_d != nullptr) {
+    if (!kMakesU && group.swiglu_d != nullptr) {
         rotation.load(group.swiglu_d, block);
     }
     stream.start_weights();
@@ -548,23 +579,38 @@ __global__ void __launch_bounds__(kOneRowWarps * 32)
         }
     }
     float sums[2] = {acc[0], acc[2]};
+    if (cut || kMakesU) {
+        shares.put(warp, sums);
+        __syncthreads();
+    }
     if (cut) {
-        shares.publish(warp, sums);
         shares.add_segments(sums);
     }
     if (ends) {
-        end.finish(a, row0, sums);
+        float low_rank[4] = {};
+        if constexpr (kMakesU) {
+            const int segments = cut ? kSegments : 1;
+            const int first = kOneRowWarps + (swiglu ? share : 0);
+            const uint2 u = shares.low_rank_input(first, segments, a.epilogue.rank);
+            mma_16816(low_rank, end.lora.b, u.x, u.y);
+        } else if (a.epilogue.lora_u != nullptr) {
+            end.multiply_low_rank(a, row0, low_rank);
+        }
+        end.finish(a.epilogue, low_rank, sums);
     }
     if (swiglu) {
-        shares.publish(warp, sums);
-        if (group.swiglu_d != nullptr) {
+        if (!makes_u) {
+            shares.put(warp, sums);
+        }
+        __syncthreads();
+        if (!kMakesU && group.swiglu_d != nullptr) {
             if (threadIdx.x < kFusedRotation) {
                 const int at = static_cast<int>(threadIdx.x);
                 rotation.x[at] = shares.swiglu(at / kDecodeRows * 2, at % kDecodeRows);
             }
             __syncthreads();
             rotation.store(group.swiglu + block * kFusedRotation);
-        } else if (share == 0) {
+        } else if (share == 0 && !makes_u) {
             shares.store_swiglu(warp, row0, a.n, group.swiglu);
         }
     } else if (ends) {
@@ -603,7 +649,7 @@ inline int64_t even_share_bytes(int64_t blocks) {
 template <WeightFormat kFormat, int kStages>
 void launch_one_row_stages(cudaStream_t queue, const MatmulGroup& group, int64_t blocks) {
     using Layout = OneRowLayout<kFormat>;
-    const auto kernel = matmul_one_row_kernel<kFormat, kStages>;
+    const auto kernel = matmul_one_row_kernel<kFormat, kStages, false>;
     int64_t shared = kOneRowWarps * kStages * Layout::kStageBytes;
     if (kFormat == WeightFormat::kInt4 && group.args[0].segment > kStages * Layout::kChunk) {
         shared = std::max(shared, even_share_bytes(blocks));
@@ -614,6 +660,19 @@ void launch_one_row_stages(cudaStream_t queue, const MatmulGroup& group, int64_t
         undo_shrinking(all);
     }
     launch_early(kernel, dim3(grid_dim(blocks)), kOneRowWarps * 32, shared, queue, all);
+}
+
+// MatmulGroup::makes_u.
+constexpr int kStagesWithU = 12;
+
+inline void launch_one_row_with_u(cudaStream_t queue, const MatmulGroup& group, int64_t blocks) {
+    const auto kernel = matmul_one_row_kernel<WeightFormat::kBF16, kStagesWithU, true>;
+    const MatmulArgs& a = group.args[0];
+    const int narrow = group.swiglu != nullptr ? 2 : num_segments(a.k, a.segment);
+    const auto warps = static_cast<unsigned>(kOneRowWarps + narrow);
+    const size_t shared = warps * kStagesWithU * OneRowLayout<WeightFormat::kBF16>::kStageBytes;
+    allow_shared_memory(kernel, shared);
+    launch_early(kernel, dim3(grid_dim(blocks)), warps * 32, shared, queue, group);
 }
 
 // Whether two products can be one of a MatmulGroup with `swiglu`.
@@ -630,6 +689,41 @@ bool fit_one_row(const MatmulGroup& group) {
     return std::all_of(group.args, group.args + group.count, fits_one_row<kFormat>);
 }
 
+// Returns how many there are.
+inline int64_t number_one_row_blocks(MatmulGroup& group) {
+    const bool swiglu = group.swiglu != nullptr;  // all blocks are the first product's
+    int64_t blocks = 0;
+    for (int32_t i = 0; i < group.count; ++i) {
+        const MatmulArgs& a = group.args[i];
+        const int sharing = swiglu ? 2 : num_segments(a.k, a.segment);
+        group.first_block[i] = static_cast<int32_t>(blocks);
+        if (!swiglu || i == 0) {
+            blocks += ceil_div(ceil_div(a.epilogue.columns, kDecodeRows), kOneRowWarps / sharing);
+        }
+    }
+    group.first_block[group.count] = static_cast<int32_t>(blocks);
+    return blocks;
+}
+
+// MatmulGroup::makes_u: whether every block can have LoRA's narrow products to itself. Where each
+// is alone on its multiprocessor, reading A once more costs it less than a launch before it.
+inline bool one_row_makes_u(const MatmulGroup& narrow, const MatmulGroup& wide) {
+    if (narrow.count != wide.count || 2 * wide.count > kMaxGroup || !has_wgmma() ||
+        !fit_one_row<WeightFormat::kBF16>(wide) || !fit_one_row<WeightFormat::kBF16>(narrow)) {
+        return false;
+    }
+    for (int32_t i = 0; i < wide.count; ++i) {
+        const MatmulArgs& a = narrow.args[i];
+        const MatmulArgs& b = wide.args[i];
+        if (a.epilogue.y != b.epilogue.lora_u || a.x != b.x || a.segment != b.segment ||
+            a.epilogue.columns > kDecodeRows) {
+            return false;
+        }
+    }
+    MatmulGroup counted = wide;
+    return number_one_row_blocks(counted) <= device_limits().multiprocessors;
+}
+
 // False: not for these products.
 template <WeightFormat kFormat>
 bool launch_one_row(cudaStream_t queue, MatmulGroup& group) {
@@ -637,20 +731,13 @@ bool launch_one_row(cudaStream_t queue, MatmulGroup& group) {
         if (!fit_one_row<kFormat>(group)) {
             return false;
         }
-        const bool swiglu = group.swiglu != nullptr;  // all blocks are the first product's
-        int64_t blocks = 0;
-        for (int32_t i = 0; i < group.count; ++i) {
-            const MatmulArgs& a = group.args[i];
-            const int sharing = swiglu ? 2 : num_segments(a.k, a.segment);
-            group.first_block[i] = static_cast<int32_t>(blocks);
-            if (!swiglu || i == 0) {
-                blocks +=
-                    ceil_div(ceil_div(a.epilogue.columns, kDecodeRows), kOneRowWarps / sharing);
-            }
-        }
-        group.first_block[group.count] = static_cast<int32_t>(blocks);
+        const int64_t blocks = number_one_row_blocks(group);
         // As in launch_decode().
         if constexpr (kFormat == WeightFormat::kBF16) {
+            if (group.makes_u) {
+                launch_one_row_with_u(queue, group, blocks);
+                return true;
+            }
             if (blocks <= device_limits().multiprocessors && has_wgmma()) {
                 launch_one_row_stages<kFormat, kDeepStages>(queue, group, blocks);
                 return true;
