@@ -477,7 +477,7 @@ bool take_narrow(
     const bool takes = std::all_of(params.begin(), params.end(), [](const LinearParams& p) {
         return p.w.format == WeightFormat::kBF16 && !p.lora_u.defined();
     });
-    if (!takes || !one_row_makes_u(narrow, wide)) {
+    if (!takes || (!one_row_makes_u(narrow, wide) && !clusters_make_u(narrow, wide))) {
         return false;
     }
     wide.makes_u = true;

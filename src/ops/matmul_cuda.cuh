@@ -72,7 +72,7 @@ struct MatmulGroup {
     // LoRA's narrow products: there are multiprocessors for a block of every 32 rows and segment.
     bool spreads = false;
     // LoRA's narrow products follow the wide ones, args[count + i] that of args[i], and each block
-    // makes what it needs of u, which is not stored: one_row_makes_u().
+    // makes what it needs of u, which is not stored: one_row_makes_u(), clusters_make_u().
     bool makes_u = false;
     bool squares_left = false;  // set by the launch: Epilogue::squares are there
 };
@@ -282,8 +282,14 @@ void weight_matmul(Stream& stream, WeightFormat format, Direction direction, Mat
 bool fits_pairs(const MatmulGroup& group);
 void matmul_pairs(cudaStream_t queue, Direction direction, const MatmulGroup& group);
 
-// The same member: args[0].epilogue's y = the sum of all products, each with its LoRA
-// (Direction::kBackward). False: it does not take them, and nothing was launched.
+// 65 to kBesideMaxRows rows of bf16 weights on Hopper, few enough tiles: matmul_cluster_cuda.cu, as
+// above. The second: whether it takes LoRA's narrow products too (MatmulGroup::makes_u).
+bool fits_clusters(const MatmulGroup& group);
+bool clusters_make_u(const MatmulGroup& narrow, const MatmulGroup& wide);
+void matmul_clusters(cudaStream_t queue, const MatmulGroup& group);
+
+// The same member as matmul_pairs: args[0].epilogue's y = the sum of all products, each with its
+// LoRA (Direction::kBackward). False: it does not take them, and nothing was launched.
 bool matmul_sum(cudaStream_t queue, const MatmulGroup& group);
 
 // Rows [begin, begin + count) of a packed weight; begin is a multiple of 128.

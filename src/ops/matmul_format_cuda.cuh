@@ -218,6 +218,9 @@ void launch_best_tile(cudaStream_t queue, MatmulGroup& group) {
     const bool narrow = widest(group) <= TinyTile::kN;
     if constexpr (kFormat == WeightFormat::kBF16) {
         constexpr auto kDirection = kBackward ? Direction::kBackward : Direction::kForward;
+        if (!kBackward && !narrow && fits_clusters(group)) {
+            return matmul_clusters(queue, group);
+        }
         if (!narrow && fits_pairs(group)) {
             return matmul_pairs(queue, kDirection, group);
         }
@@ -272,6 +275,11 @@ void matmul_format(cudaStream_t queue, Direction direction, MatmulGroup& group) 
     }
     if (forward && launch_one_row<kFormat>(queue, group)) {
         return;
+    }
+    if constexpr (kFormat == WeightFormat::kBF16) {
+        if (group.makes_u) {
+            return matmul_clusters(queue, group);
+        }
     }
     const bool asks = group.args[0].x_flag != nullptr;
     if constexpr (kFormat == WeightFormat::kInt4) {

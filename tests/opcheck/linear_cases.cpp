@@ -541,9 +541,27 @@ void add_gpu_cases(CaseList& cases) {
     }
     for (const Shape& s :
          {Shape{WeightFormat::kInt4, 130, 1024, 8200, bf16_type, AdapterKind::kLora, 16},
-          Shape{WeightFormat::kBF16, 130, 1056, 2000, bf16_type, AdapterKind::kLora, 16, true}}) {
+          Shape{WeightFormat::kBF16, 130, 1056, 2000, bf16_type, AdapterKind::kLora, 16, true},
+          Shape{WeightFormat::kBF16, 250, 1088, 2000, bf16_type, AdapterKind::kLora, 16}}) {
         add_rows_case(cases, "linear_swiglu", s, swiglu_case);
     }
+    // bf16 by clusters: cut contractions and others, pairs alone (last rows that fill both blocks)
+    // and side by side, LoRA inside (ranks up to 16) and beside; then the head by pairs.
+    for (const Shape& s :
+         {Shape{WeightFormat::kBF16, 200, 2312, 1001, bf16_type, AdapterKind::kLora, 8, true, true},
+          Shape{WeightFormat::kBF16, 72, 3072, 520, bf16_type, AdapterKind::kLora, 16, false, true},
+          Shape{WeightFormat::kBF16, 500, 2304, 1032, bf16_type, AdapterKind::kNone, 0, true, true},
+          Shape{WeightFormat::kBF16, 256, 1032, 1003, bf16_type, AdapterKind::kLora, 4, true, true},
+          Shape{
+              WeightFormat::kBF16, 250, 1088, 4104, bf16_type, AdapterKind::kLora, 16, false, true},
+          Shape{
+              WeightFormat::kBF16, 250, 1088, 2008, bf16_type, AdapterKind::kLora, 24, true, true},
+          Shape{
+              WeightFormat::kBF16, 90, 1056, 1500, bf16_type, AdapterKind::kNone, 0, true, true}}) {
+        add_linear(s);
+    }
+    add_f32_out({WeightFormat::kBF16, 250, 1056, 1003});
+    add_f32_out({WeightFormat::kBF16, 150, 520, 33000});
 }
 
 void add_perf_cases(CaseList& cases) {

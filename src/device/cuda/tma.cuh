@@ -154,12 +154,12 @@ __device__ __forceinline__ void copy_pages(
 #endif
 }
 
-// copy_box() into both blocks of a pair, at the same address and barrier in each.
-__device__ __forceinline__ void copy_box_to_pair(
-    uint32_t to, const CUtensorMap& map, int32_t row, int32_t col, uint32_t barrier
+// copy_box() into all blocks of the cluster whose bits are set in `blocks`, at the same address and
+// barrier in each.
+__device__ __forceinline__ void copy_box_to_blocks(
+    uint32_t to, const CUtensorMap& map, int32_t row, int32_t col, uint32_t barrier, uint16_t blocks
 ) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    constexpr uint16_t kBoth = 3;
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
         ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
@@ -167,7 +167,7 @@ __device__ __forceinline__ void copy_box_to_pair(
         "r"(col),
         "r"(row),
         "r"(barrier),
-        "h"(kBoth)
+        "h"(blocks)
         : "memory"
     );
 #endif

@@ -130,7 +130,7 @@ template <int kN, bool kAcross = false>
 __device__ __forceinline__ void wgmma_shared(
     float (&d)[kN / 8][4], uint64_t a, uint64_t b, int add
 ) {
-    static_assert(kN == 64 || kN == 128 || kN == 192 || kN == 256);
+    static_assert(kN == 64 || kN == 80 || kN == 128 || kN == 144 || kN == 192 || kN == 256);
 #if defined(ORBIT_HAS_WGMMA)
     constexpr int kTransposed = kAcross ? 1 : 0;
     if constexpr (kN == 64) {
@@ -138,10 +138,20 @@ __device__ __forceinline__ void wgmma_shared(
                      "}, %32, %33, add, 1, 1, 0, %35; }"
                      : ORBIT_D32(0)
                      : "l"(a), "l"(b), "r"(add), "n"(kTransposed));
+    } else if constexpr (kN == 80) {
+        asm volatile(ORBIT_WGMMA("m64n80k16", "%42") ORBIT_FIRST_32
+                     ", %32, %33, %34, %35, %36, %37, %38, %39}, %40, %41, add, 1, 1, 0, %43; }"
+                     : ORBIT_D32(0), ORBIT_D4(8), ORBIT_D4(9)
+                     : "l"(a), "l"(b), "r"(add), "n"(kTransposed));
     } else if constexpr (kN == 128) {
         asm volatile(ORBIT_WGMMA("m64n128k16", "%66") ORBIT_FIRST_32 ORBIT_SECOND_32
                      "}, %64, %65, add, 1, 1, 0, %67; }"
                      : ORBIT_D32(0), ORBIT_D32(8)
+                     : "l"(a), "l"(b), "r"(add), "n"(kTransposed));
+    } else if constexpr (kN == 144) {
+        asm volatile(ORBIT_WGMMA("m64n144k16", "%74") ORBIT_FIRST_32 ORBIT_SECOND_32
+                     ", %64, %65, %66, %67, %68, %69, %70, %71}, %72, %73, add, 1, 1, 0, %75; }"
+                     : ORBIT_D32(0), ORBIT_D32(8), ORBIT_D4(16), ORBIT_D4(17)
                      : "l"(a), "l"(b), "r"(add), "n"(kTransposed));
     } else if constexpr (kN == 192) {
         asm volatile(ORBIT_WGMMA("m64n192k16", "%98") ORBIT_FIRST_32 ORBIT_SECOND_32 ORBIT_THIRD_32
