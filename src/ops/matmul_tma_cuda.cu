@@ -24,6 +24,7 @@ constexpr int kManyRows = 1024;
 constexpr int kMinTilesOfMany = 64;
 constexpr int kMinRows = 512;
 constexpr int kMinTiles = 16;
+constexpr int kMinColumnsOfHead = 32768;  // of so many, any rows that fill more than half of a pair
 constexpr int kLongestSum = 8192;  // of several products in one chain; above, in their segments
 
 constexpr int kMaxRank = 256;  // LoRA's operands take a stage for each 64 of the rank
@@ -429,8 +430,9 @@ void launch_best_pairs(
 bool fits_in_shape(const MatmulArgs& a) {
     const Epilogue& e = a.epilogue;
     const auto lora = reinterpret_cast<uintptr_t>(e.lora_u) | reinterpret_cast<uintptr_t>(e.lora_b);
+    const bool is_head = a.m > kTileM && e.columns >= kMinColumnsOfHead;
     return a.k >= kMinDepth && e.ldu <= kMaxRank && lora % 16 == 0 && e.ldb % 8 == 0 &&
-           (a.m >= kMinRows || e.lora_u != nullptr);
+           (a.m >= kMinRows || e.lora_u != nullptr || is_head);
 }
 
 }  // namespace

@@ -489,10 +489,10 @@ void launch_warps(Stream& stream, Kernel* kernel, int64_t warps, const Arguments
     launch_early(kernel, grid, kWarps * 32, 0, queue_of(stream), arguments...);
 }
 
-// Of q, and k and v if they are there. Warps take one row each until that fills the GPU.
+// Of q, and k and v if they are there. Warps take one row each up to so many, as measured.
 template <bool kAppends>
 void rotate(Stream& stream, const RopeArgs& p, const AppendArgs& append) {
-    constexpr int64_t kFewRows = 4096;
+    constexpr int64_t kFewRows = 16384;
     const auto warps = [&](int64_t rows) {
         return ceil_div(p.q.count, rows) + (kAppends ? 2 : 1) * ceil_div(p.k.count, rows);
     };
