@@ -528,7 +528,7 @@ void add_gpu_cases(CaseList& cases) {
         add_rows_case(cases, "linear_swiglu", s, swiglu_case);
     }
     add_linear({WeightFormat::kBF16, 500, 4320, 304, bf16_type, AdapterKind::kLora, 20});
-    // A few hundred rows: INT4 by the kernel for 64, bf16 by pairs of blocks beside LoRA's product.
+    // A few hundred rows: INT4 by the kernel for 64, bf16 by clusters, LoRA inside or beside.
     for (const Shape& s :
          {Shape{WeightFormat::kInt4, 130, 2048, 392, bf16_type, AdapterKind::kLora, 16, true, true},
           Shape{WeightFormat::kInt4, 300, 768, 200, bf16_type, AdapterKind::kLora, 40, false, true},
